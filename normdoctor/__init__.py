@@ -1,0 +1,90 @@
+"""normdoctor: inspect, judge and repair the normalisation layers of trained models.
+
+    import normdoctor as nd
+    report = nd.inspect("model.pt")
+    report.findings
+
+Importing this package imports neither torch nor onnx; each name below is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from normdoctor.errors import (
+        InputError,
+        MissingDependencyError,
+        NormDoctorError,
+        RefusedError,
+        UsageError,
+    )
+    from normdoctor.findings import Finding, Report, Rule, Severity, Skip
+    from normdoctor.inspection import inspect
+    from normdoctor.layers import ArrayRef, Checkpoint, Model, NormKind, NormLayer
+    from normdoctor.readers import open_checkpoint
+    from normdoctor.recalibration import Recalibration, recalibrate
+    from normdoctor.rules import RULES
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "InputError": "errors",
+    "MissingDependencyError": "errors",
+    "NormDoctorError": "errors",
+    "RefusedError": "errors",
+    "UsageError": "errors",
+    "Finding": "findings",
+    "Report": "findings",
+    "Rule": "findings",
+    "Severity": "findings",
+    "Skip": "findings",
+    "inspect": "inspection",
+    "ArrayRef": "layers",
+    "Checkpoint": "layers",
+    "Model": "layers",
+    "NormKind": "layers",
+    "NormLayer": "layers",
+    "open_checkpoint": "readers",
+    "Recalibration": "recalibration",
+    "recalibrate": "recalibration",
+    "RULES": "rules",
+}
+
+__all__ = [
+    "RULES",
+    "ArrayRef",
+    "Checkpoint",
+    "Finding",
+    "InputError",
+    "MissingDependencyError",
+    "Model",
+    "NormDoctorError",
+    "NormKind",
+    "NormLayer",
+    "Recalibration",
+    "RefusedError",
+    "Report",
+    "Rule",
+    "Severity",
+    "Skip",
+    "UsageError",
+    "__version__",
+    "inspect",
+    "open_checkpoint",
+    "recalibrate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'normdoctor' has no attribute {name!r}")
+    value = getattr(import_module(f"normdoctor.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

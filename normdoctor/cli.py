@@ -1,0 +1,289 @@
+"""The command line: options → one API call → one renderer → an exit code.
+
+0: nothing at or above --fail-on. 1: findings at or above it. 2: could not do it. 2 wins over 1 wins over 0.
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from normdoctor import __version__
+from normdoctor.errors import NormDoctorError, UsageError
+
+if TYPE_CHECKING:
+    from normdoctor.findings import Report
+
+# What each command needs is imported inside it: --help and errors must not pay for numpy or rich tables.
+
+app = typer.Typer(
+    name="normdoctor",
+    help="Inspect, judge and repair the norm layers of trained PyTorch and ONNX models.",
+    epilog="Exit codes: 0 fine, 1 findings at or above --fail-on, 2 could not do it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+class InspectFormat(str, Enum):
+    CONSOLE = "console"
+    JSON = "json"
+
+
+class FailOn(str, Enum):
+    ERROR = "error"
+    WARNING = "warning"
+    INFO = "info"
+    NEVER = "never"
+
+
+class TargetPrecision(str, Enum):
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
+class Method(str, Enum):
+    DEBIAS: Literal["debias"] = "debias"
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app()
+    except NormDoctorError as error:
+        complain(error)
+        sys.exit(2)
+
+
+def complain(error: NormDoctorError) -> None:
+    """The error and its hint, on stderr."""
+    from normdoctor.reports.text import printable
+
+    line = f"normdoctor: {printable(error.message)}"
+    print(line + (f"\n  hint: {printable(error.hint)}" if error.hint else ""), file=sys.stderr)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"normdoctor {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def inspect(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Model files; the content decides the format.")
+    ],
+    output_format: Annotated[
+        InspectFormat, typer.Option("--format", help="How to write the report.")
+    ] = InspectFormat.CONSOLE,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the report here instead of stdout.")
+    ] = None,
+    select: Annotated[
+        str, typer.Option(metavar="CODES", help="Only these rules: S,A2,S104 (beginnings of codes).")
+    ] = "",
+    ignore: Annotated[str, typer.Option(metavar="CODES", help="Not these rules.")] = "",
+    layer: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Only layers of this name; repeatable.")
+    ] = None,
+    fail_on: Annotated[
+        FailOn, typer.Option(help="Exit with 1 from this severity upward.")
+    ] = FailOn.ERROR,
+    eps: Annotated[float | None, typer.Option(help="eps where the file does not say it.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="momentum where the file does not say it.")] = None,
+    no_assume: Annotated[
+        bool, typer.Option("--no-assume", help="Skip rather than assume torch's default eps and momentum.")
+    ] = False,
+    target: Annotated[
+        TargetPrecision | None, typer.Option(help="Judge the numbers for this precision as well.")
+    ] = None,
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CODE.NAME=VALUE", help="Set a rule's threshold, as S104.error=0.2; repeatable."),
+    ] = None,
+    every_layer: Annotated[bool, typer.Option("--all", help="Show every layer in the table.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="List skips, tied layers and tensors not taken for norms.")
+    ] = False,
+) -> None:
+    """Judge every norm layer of model files. Nothing in a file is executed; torch is not imported."""
+    from normdoctor import inspection
+
+    limits = parse_thresholds(threshold or [])
+    selected, ignored = split_codes(select), split_codes(ignore)
+    inspection.choose_rules(selected, ignored)  # a misspelt option stops before any file is read
+    inspection.checked_limits(limits)
+    reports: list[Report] = []
+    failed: list[NormDoctorError] = []
+    paths: list[str] = []
+    for path in files:
+        try:
+            reports.append(
+                inspection.inspect(
+                    path,
+                    select=selected,
+                    ignore=ignored,
+                    layer=layer or (),
+                    eps=eps,
+                    momentum=momentum,
+                    assume=not no_assume,
+                    target=target.value if target else None,
+                    limits=limits,
+                )
+            )
+        except UsageError:
+            raise
+        except NormDoctorError as error:
+            failed.append(error)
+            paths.append(str(path))
+    if reports or output_format is InspectFormat.JSON:
+        entries = [
+            {"path": path, "message": error.message, "hint": error.hint}
+            for path, error in zip(paths, failed, strict=True)
+        ]
+        write_reports(reports, entries, output_format, output, every_layer, verbose)
+    for error in failed:
+        complain(error)
+    raise typer.Exit(2 if failed else exit_code(reports, fail_on))
+
+
+def split_codes(codes: str) -> list[str]:
+    return [code for code in codes.split(",") if code.strip()]
+
+
+def parse_thresholds(items: list[str]) -> dict[str, dict[str, float]]:
+    """["S104.error=0.2"] → {"S104": {"error": 0.2}}."""
+    limits: dict[str, dict[str, float]] = {}
+    for item in items:
+        key, _, value = item.partition("=")
+        code, _, name = key.partition(".")
+        try:
+            limits.setdefault(code.strip(), {})[name.strip()] = float(value)
+        except ValueError:
+            raise UsageError(
+                f"--threshold {item!r} is not CODE.NAME=VALUE", "Example: --threshold S104.error=0.2"
+            ) from None
+    return limits
+
+
+def write_reports(
+    reports: list[Report],
+    failed: list[dict[str, str]],
+    output_format: InspectFormat,
+    output: Path | None,
+    every_layer: bool,
+    verbose: bool,
+) -> None:
+    import io
+
+    if output_format is InspectFormat.CONSOLE and output is None:
+        from normdoctor.reports import console
+
+        console.render(reports, sys.stdout, every_layer=every_layer, verbose=verbose)
+        return
+    if output_format is InspectFormat.JSON:
+        from normdoctor.reports import json
+
+        text = json.render(reports, failed)
+    else:
+        from normdoctor.reports import console
+
+        buffer = io.StringIO()
+        console.render(reports, buffer, every_layer=every_layer, verbose=verbose)
+        text = buffer.getvalue()
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    from normdoctor.writing import check_output, replacing
+
+    check_output(output, None, overwrite=True)
+    with replacing(output) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def exit_code(reports: list[Report], fail_on: FailOn) -> int:
+    from normdoctor.findings import Severity
+
+    if fail_on is FailOn.NEVER:
+        return 0
+    limit = Severity[fail_on.name]
+    return int(any(report.worst is not None and report.worst >= limit for report in reports))
+
+
+@app.command()
+def rules(
+    output_format: Annotated[
+        InspectFormat, typer.Option("--format", help="How to write the list.")
+    ] = InspectFormat.CONSOLE,
+) -> None:
+    """List every rule: code, name, severity and what it says."""
+    from normdoctor.reports import rule_book
+
+    if output_format is InspectFormat.JSON:
+        typer.echo(rule_book.as_json(), nl=False)
+    else:
+        rule_book.write_table(sys.stdout)
+
+
+@app.command()
+def explain(
+    code: Annotated[str, typer.Argument(help="A rule's code or name: S104, warmup-residue.")],
+) -> None:
+    """Explain one rule: what it means, when it is harmless, what to do, where it comes from."""
+    from normdoctor.inspection import find_rule
+    from normdoctor.reports import rule_book
+
+    rule_book.write_explanation(find_rule(code), sys.stdout)
+
+
+@app.command()
+def recalibrate(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint whose running statistics are off.")],
+    method: Annotated[
+        Method, typer.Option(help="debias: take the initial 0 and 1 out of the buffers; needs no data.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The repaired file; FILE.recalibrated.EXT by default.")
+    ] = None,
+    momentum: Annotated[float | None, typer.Option(help="momentum where the file does not say it.")] = None,
+    updates: Annotated[
+        int | None, typer.Option(help="Training steps, where the file has no counter (ONNX).")
+    ] = None,
+    layer: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Only layers of this name; repeatable.")
+    ] = None,
+    keep_counters: Annotated[
+        bool, typer.Option("--keep-counters", help="Leave num_batches_tracked as it is.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+) -> None:
+    """Repair running statistics into a copy of the file; the input is never touched."""
+    from normdoctor.recalibration import recalibrate as repair
+    from normdoctor.reports import repair_text
+
+    result = repair(
+        file,
+        method=method.value,
+        output=output,
+        momentum=momentum,
+        updates=updates,
+        layer=layer or (),
+        keep_counters=keep_counters,
+        overwrite=overwrite,
+    )
+    repair_text.write(result, sys.stdout)

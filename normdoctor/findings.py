@@ -1,0 +1,237 @@
+"""What we say about norm layers: rules, the findings and skips they give, and the report that holds them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+from typing import Any, Literal
+
+from normdoctor.layers import Model, NearMiss, NormKind, NormLayer
+
+
+class Severity(IntEnum):
+    """How bad it is if it is true."""
+
+    INFO = 1
+    WARNING = 2
+    ERROR = 3
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+    def lowered(self) -> Severity:
+        """One level down; info stays info."""
+        return Severity(max(self - 1, Severity.INFO))
+
+
+class Confidence(IntEnum):
+    """How sure we are that it is true."""
+
+    LOW = 1
+    MEDIUM = 2
+    HIGH = 3
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+class Evidence(Enum):
+    """What a finding rests on, weakest first."""
+
+    TENSORS = "tensors"
+    HYPER = "hyper"
+    GRAPH = "graph"
+    DATA = "data"
+
+
+Precision = Literal["fp16", "bf16", "int8"]
+
+HYPER_FIELDS = frozenset({"eps", "momentum", "training", "affine", "track_running_stats", "num_batches_tracked"})
+ASSUMABLE_FIELDS = frozenset({"eps", "momentum"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What a check yields. The runner turns it into a Finding."""
+
+    message: str
+    """One or two sentences with the numbers, about this layer (or this file)."""
+    layer: NormLayer | None = None
+    """Only for rules that look at all layers of a model at once: the one this is about, None for the file."""
+    channels: Sequence[int] = ()
+    """Indices of the channels it is about, all of them; the worst ones belong in the message."""
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    """The numbers it rests on: plain ints, floats, strings, or lists of them."""
+    severity: Severity | None = None
+    """Where it differs from the rule's own."""
+    confidence: Confidence | None = None
+    rank: float = 0.0
+    """Larger is worse: says which of several layers is shown first."""
+    fix: str | None = None
+    """Where the general fix of the rule is not the right one here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a check may know beyond its subject."""
+
+    model: Model
+    """The layer's siblings."""
+    limits: Mapping[str, float]
+    """The rule's thresholds, as declared or as the user set them."""
+    precision: Precision | None = None
+    """The number format the model is meant for (--target), if the user named one."""
+
+
+Check = Callable[[Any, Context], Iterator[Observation]]
+
+
+class Scope(Enum):
+    """What a check is called with: one layer, a tuple of layers of one model, or the whole Checkpoint."""
+
+    LAYER = "layer"
+    MODEL = "model"
+    FILE = "file"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One check with everything that is said about it. Its documentation is the check's docstring."""
+
+    code: str
+    name: str
+    severity: Severity
+    confidence: Confidence
+    kinds: frozenset[NormKind]
+    needs: tuple[str, ...]
+    scope: Scope
+    assumes: bool
+    even_untrained: bool
+    why: str
+    fix: str
+    reference: str
+    limits: Mapping[str, float]
+    check: Check
+
+    @property
+    def documentation(self) -> str:
+        return inspect.getdoc(self.check) or ""
+
+    @property
+    def title(self) -> str:
+        """The first line of the documentation."""
+        return self.documentation.partition("\n")[0]
+
+    @property
+    def evidence_level(self) -> Evidence:
+        """The strongest kind of input the rule needs."""
+        return Evidence.HYPER if HYPER_FIELDS & set(self.needs) else Evidence.TENSORS
+
+
+def rule(
+    code: str,
+    name: str,
+    *,
+    severity: Severity,
+    confidence: Confidence,
+    needs: tuple[str, ...] = (),
+    kinds: Iterable[NormKind] = tuple(NormKind),
+    scope: Scope = Scope.LAYER,
+    assumes: bool = True,
+    even_untrained: bool = True,
+    why: str,
+    fix: str,
+    reference: str,
+    limits: Mapping[str, float] | None = None,
+) -> Callable[[Check], Rule]:
+    """Make a Rule of a check function; refuse one without documentation or reference.
+
+    needs: NormLayer fields that must be known; a layer that lacks one gives a Skip instead of a call.
+    assumes: eps and momentum may be filled with torch's defaults (capping the finding at warning).
+    even_untrained: False where a model that was never trained would set it off by design.
+    why: one sentence, why it matters. fix: the next command or step; {path} and {stem} are filled in.
+    limits: thresholds by name; they appear in the evidence and can be set by the user.
+    """
+
+    def make(check: Check) -> Rule:
+        if not inspect.getdoc(check) or not reference:
+            raise ValueError(f"rule {code} needs a docstring and a reference")
+        return Rule(
+            code=code,
+            name=name,
+            severity=severity,
+            confidence=confidence,
+            kinds=frozenset(kinds),
+            needs=needs,
+            scope=scope,
+            assumes=assumes,
+            even_untrained=even_untrained,
+            why=why,
+            fix=fix,
+            reference=reference,
+            limits=dict(limits or {}),
+            check=check,
+        )
+
+    return make
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One rule's statement about one layer, or about the file where layer is None."""
+
+    rule: Rule
+    severity: Severity
+    confidence: Confidence
+    evidence_level: Evidence
+    layer: str | None
+    channels: tuple[int, ...]
+    message: str
+    evidence: Mapping[str, Any]
+    assumed: Mapping[str, float]
+    """eps or momentum where the file does not say and torch's default stood in."""
+    fix: str
+    rank: float = 0.0
+
+    @property
+    def code(self) -> str:
+        return self.rule.code
+
+    @property
+    def name(self) -> str:
+        return self.rule.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skip:
+    """A rule that could not be applied, and what was missing. layer None: to no layer of the file."""
+
+    rule: Rule
+    layer: str | None
+    missing: tuple[str, ...]
+
+    @property
+    def code(self) -> str:
+        return self.rule.code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything said about one file: all that a renderer sees."""
+
+    path: str
+    format: str
+    layers: tuple[NormLayer, ...]
+    findings: tuple[Finding, ...]
+    """Worst first."""
+    skips: tuple[Skip, ...]
+    notes: tuple[str, ...]
+    near_misses: tuple[NearMiss, ...]
+    bytes_read: int
+    bytes_total: int | None
+
+    @property
+    def worst(self) -> Severity | None:
+        return max((finding.severity for finding in self.findings), default=None)

@@ -1,0 +1,310 @@
+"""What a file says about its norm layers: the records that every reader fills and every rule judges.
+
+Nothing here knows a file format, torch or onnx. `None` always means *the file does not say*.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+DEFAULT_EPS = 1e-5
+"""eps of torch's BatchNorm, LayerNorm, GroupNorm and InstanceNorm when the caller gives none."""
+
+DEFAULT_MOMENTUM = 0.1
+"""momentum of torch's BatchNorm and InstanceNorm when the caller gives none."""
+
+LIVE_SHARE_OF_MEDIAN = 1e-4
+"""A channel whose running_var is below this share of the layer's median carries no signal worth a ratio."""
+
+
+DEAD_SHARE_OF_LARGEST = 1e-12
+"""A running_var below this share of the layer's largest is no part of the median just named."""
+
+
+@runtime_checkable
+class ArrayRef(Protocol):
+    """An array that may still be on disk. Asking for its shape or dtype never reads data."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str:
+        """torch's name for the element type: float32, bfloat16, float8_e4m3fn, int64, ..."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for two references exactly when they are the same bytes seen the same way (tied tensors)."""
+
+    def numpy(self) -> NDArray[Any]:
+        """The values. bfloat16 and float8 come as float32, which holds them exactly.
+
+        Raises InputError where the bytes cannot be read (truncated file, checksum)."""
+
+
+class NormKind(Enum):
+    """What a layer computes; the value is how reports name it."""
+
+    BATCH = "BatchNorm"
+    INSTANCE = "InstanceNorm"
+    LAYER = "LayerNorm"
+    GROUP = "GroupNorm"
+    RMS = "RMSNorm"
+    LAYER_OR_GROUP = "LayerNorm or GroupNorm"
+    LAYER_OR_RMS = "LayerNorm or RMSNorm"
+    EVO = "EvoNorm"
+    FILTER_RESPONSE = "FilterResponseNorm"
+    DYNAMIC_TANH = "DynamicTanh"
+    AFFINE = "affine"
+
+
+VECTORS = ("weight", "bias", "running_mean", "running_var")
+"""The fields that hold one value per channel."""
+
+TRACKING_KINDS = frozenset({NormKind.BATCH, NormKind.INSTANCE})
+"""Kinds that can carry running_mean and running_var."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NormLayer:
+    """One norm layer as its file describes it. Tensors are references: nothing is read until asked for.
+
+    weight and bias are the stored gamma and beta of `channels` values; read them through `numbers`, which
+    knows that some RMSNorms store gamma - 1. momentum is in torch's sense, the weight of the NEW batch.
+    """
+
+    name: str
+    """The module path as the user wrote it, wrappers included; `key:path` when a file holds several models."""
+    path: str
+    """`name` without key and wrappers (module., _orig_mod., ...): what layers are matched by."""
+    kind: NormKind
+    channels: int
+    origin: str | None = None
+    """The class or operator as written in the file, e.g. torch.nn.modules.batchnorm.BatchNorm2d."""
+    groups: int | None = None
+    weight: ArrayRef | None = None
+    bias: ArrayRef | None = None
+    running_mean: ArrayRef | None = None
+    running_var: ArrayRef | None = None
+    num_batches_tracked: ArrayRef | None = None
+    alpha: ArrayRef | None = None
+    """The scalar inside DynamicTanh (gamma * tanh(alpha * x) + beta) and its relatives."""
+    eps: float | None = None
+    momentum: float | Literal["cumulative"] | None = None
+    """torch's own momentum=None, a plain average over all batches, is the word "cumulative"."""
+    training: bool | None = None
+    affine: bool | None = None
+    track_running_stats: bool | None = None
+    requires_grad: bool | None = None
+    zero_centred: bool | None = None
+    """True where the layer multiplies by 1 + weight (Gemma, Qwen3-Next)."""
+    zero_centred_by_class: bool | None = None
+    """What the class itself says about `zero_centred`, where the file names one that is known."""
+    aliases: tuple[str, ...] = ()
+    """Other names under which the same tensors are stored (one module used in several places)."""
+
+    @cached_property
+    def lengths(self) -> dict[str, int]:
+        """How many values each stored vector has, by field; all equal unless the file is damaged."""
+        refs = {name: getattr(self, name) for name in VECTORS}
+        return {name: math.prod(ref.shape) for name, ref in refs.items() if ref is not None}
+
+    @cached_property
+    def numbers(self) -> Numbers:
+        """The layer's values per channel in float64, each read once."""
+        return Numbers(self)
+
+
+class Numbers:
+    """A layer's tensors as float64 vectors of `channels` values, read when first asked for and then kept."""
+
+    def __init__(self, layer: NormLayer) -> None:
+        self._layer = layer
+
+    @cached_property
+    def mean(self) -> Vector | None:
+        """running_mean, or None."""
+        return as_vector(self._layer.running_mean)
+
+    @cached_property
+    def var(self) -> Vector | None:
+        """running_var, or None."""
+        return as_vector(self._layer.running_var)
+
+    @cached_property
+    def gain(self) -> Vector:
+        """What the layer multiplies by: weight, 1 + weight for a zero-centred layer, ones without a weight."""
+        weight = as_vector(self._layer.weight)
+        if weight is None:
+            return np.ones(self._layer.channels)
+        return weight + 1.0 if self._layer.zero_centred else weight
+
+    @cached_property
+    def shift(self) -> Vector:
+        """What the layer adds: bias, or zeros."""
+        bias = as_vector(self._layer.bias)
+        return np.zeros(self._layer.channels) if bias is None else bias
+
+    @cached_property
+    def updates(self) -> float | None:
+        """num_batches_tracked as a number (a float only where the file stores a fraction), or None."""
+        vector = as_vector(self._layer.num_batches_tracked)
+        return None if vector is None or vector.size != 1 else float(vector[0])
+
+    @cached_property
+    def live(self) -> Mask:
+        """Channels that carry signal: finite, and running_var above 1e-4 of the layer's median.
+
+        Without a running_var every channel counts as live."""
+        if self.var is None:
+            return np.ones(self._layer.channels, dtype=bool)
+        finite = np.isfinite(self.var) & (self.var > 0)
+        if not finite.any():
+            return finite
+        # Where most channels are dead (34 of 64 in a published face network) they must not be the yardstick.
+        moving = self.var[finite & (self.var > DEAD_SHARE_OF_LARGEST * self.var[finite].max())]
+        return finite & (self.var > LIVE_SHARE_OF_MEDIAN * float(np.median(moving)))
+
+    def load(self) -> None:
+        """Read everything now, so that the values outlive the open file."""
+        _ = self.mean, self.var, self.gain, self.shift, self.updates
+
+    def scale(self, eps: float) -> Vector:
+        """s = gamma / sqrt(running_var + eps): the factor an eval-mode BatchNorm applies to its input.
+
+        NaN where running_var + eps is negative. (Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167)"""
+        if self.var is None:
+            return self.gain
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            return np.asarray(self.gain / np.sqrt(self.var + eps), dtype=np.float64)
+
+    @cached_property
+    def default_statistics(self) -> bool:
+        """running_mean is exactly 0 and running_var exactly 1 everywhere: the values a layer is created with."""
+        if self.mean is None or self.var is None:
+            return False
+        return bool((self.mean == 0).all() and (self.var == 1).all())
+
+
+def as_vector(ref: ArrayRef | None) -> Vector | None:
+    """The values of `ref` as one flat float64 vector; None stays None."""
+    return None if ref is None else np.asarray(ref.numpy(), dtype=np.float64).reshape(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearMiss:
+    """A tensor that looked like a norm's and was not taken for one, with the reason."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """The norm layers of one state_dict, module or graph; a file may hold several (weights and their EMA)."""
+
+    key: str | None
+    """Where in the file it was found (state_dict_ema), None where the file holds one model."""
+    layers: tuple[NormLayer, ...]
+    near_misses: tuple[NearMiss, ...] = ()
+    averaged: str | None = None
+    """What in the file says that these weights are an average of several (n_averaged = 12, an EMA key)."""
+
+    @cached_property
+    def untrained(self) -> bool:
+        """Every norm layer still holds what it was created with: mean 0, var 1, gain 0 or 1, shift 0.
+
+        Not where a counter says that batches went through: then something kept the layers from learning."""
+        stored = [layer for layer in self.layers if layer.weight is not None or layer.running_var is not None]
+        return bool(stored) and all(map(_as_created, stored))
+
+
+def _as_created(layer: NormLayer) -> bool:
+    numbers = layer.numbers
+    if layer.running_var is not None and not numbers.default_statistics:
+        return False
+    if numbers.updates:
+        return False
+    gain = numbers.gain
+    return bool(((gain == 0) | (gain == 1)).all() and (numbers.shift == 0).all())
+
+
+class Danger(Enum):
+    """How much a call that torch.load would make deserves attention."""
+
+    MODULE_CLASS = 1
+    DATA_CLASS = 2
+    OTHER = 3
+
+
+@dataclass(frozen=True)
+class LoadCall:
+    """Something that loading the file with torch would call, outside torch's own rebuild functions."""
+
+    name: str
+    danger: Danger
+
+
+class Container(Enum):
+    """How a file keeps its bytes: what decides how it can be written back."""
+
+    ZIP = "zip"
+    LEGACY = "legacy"
+    SAFETENSORS = "safetensors"
+    ONNX = "onnx"
+    MEMORY = "memory"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A tensor of the file and one name under which it is stored; an empty name for training state."""
+
+    name: str
+    array: ArrayRef
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """One model file (or live module), open for reading. A context manager: closing it closes the file."""
+
+    path: str
+    format: str
+    """In words: PyTorch state_dict (zip), ONNX opset 17, ..."""
+    container: Container
+    models: tuple[Model, ...]
+    notes: tuple[str, ...] = ()
+    list_references: Callable[[], tuple[Reference, ...]] = field(default=lambda: (), repr=False)
+    """Every tensor under every name it has, norm or not: tells whose memory a change would touch."""
+    load_calls: tuple[LoadCall, ...] = ()
+    bytes_total: int | None = None
+    count_bytes_read: Callable[[], int] = field(default=lambda: 0, repr=False)
+    on_close: Callable[[], None] = field(default=lambda: None, repr=False)
+
+    @property
+    def layers(self) -> tuple[NormLayer, ...]:
+        """All norm layers of all models in the file, in file order."""
+        return tuple(layer for model in self.models for layer in model.layers)
+
+    def close(self) -> None:
+        self.on_close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,99 @@
+"""A path → Checkpoint. The content of the file decides which reader it is given to, never its suffix.
+
+No reader imports torch, executes anything from a file or reads more of it than it is asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from normdoctor.errors import InputError
+from normdoctor.layers import Checkpoint
+from normdoctor.readers.arrays import Source
+
+OTHER_CONTENTS = (
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras .h5)", "Export the model to ONNX."),
+    (b"GGUF", "a GGUF file", "Inspect the checkpoint it was converted from."),
+    (b"\x93NUMPY", "a NumPy array", "Give the checkpoint, not the data."),
+    (b"\x1f\x8b", "a gzip file", "Unpack it first."),
+    (b"\xfd7zXZ", "an xz file", "Unpack it first."),
+    (b"7z\xbc\xaf", "a 7z archive", "Unpack it first."),
+    (b"version https://git-lfs", "a Git LFS pointer, not the model itself", "Fetch it with: git lfs pull"),
+    (b"<!DOCTYPE", "an HTML page", "The download gave a web page instead of the file; download it again."),
+    (b"<html", "an HTML page", "The download gave a web page instead of the file; download it again."),
+)
+"""First bytes, what the file is then, and what to do."""
+
+READABLE = "normdoctor reads torch.save files (zip and legacy), safetensors and ONNX."
+
+
+def open_checkpoint(target: Any) -> Checkpoint:
+    """Open a model file (str or Path) or a live nn.Module for inspection. Close it, or use `with`.
+
+    Raises InputError for a file that is missing, damaged, or no model that normdoctor reads."""
+    if isinstance(target, (str, Path)):
+        return _open_file(Path(target))
+    from normdoctor.readers import live_module
+
+    if live_module.is_module(target):
+        return live_module.read(target)
+    raise InputError(
+        f"cannot inspect a {type(target).__name__}", "Give a path or a torch.nn.Module (not a state_dict object)."
+    )
+
+
+def _open_file(path: Path) -> Checkpoint:
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder", "Name the checkpoint file inside it.")
+    source = Source(path)
+    try:
+        return _read(source)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _read(source: Source) -> Checkpoint:
+    path = source.path
+    if source.size == 0:
+        raise InputError(f"{path}: the file is empty", "The save or download failed; do it again.")
+    from normdoctor.readers import safetensors, torch_pickle
+
+    if torch_pickle.is_zip(source):
+        records = torch_pickle.ZipRecords(source)
+        if records.root is None:
+            raise torch_pickle.explain_other_zip(path, records)
+        if records.root + "constants.pkl" in records.infos:
+            raise InputError(
+                f"{path}: a TorchScript archive, which normdoctor does not read yet",
+                "Inspect the state_dict or module it was made from, or an ONNX export.",
+            )
+        return torch_pickle.read_zip(source, records)
+    if torch_pickle.is_legacy(source):
+        return torch_pickle.read_legacy(source)
+    if safetensors.is_safetensors(source):
+        return safetensors.read(source)
+    head = source.read_at(0, min(source.size, 512))
+    for start, what, hint in OTHER_CONTENTS:
+        if head.startswith(start):
+            raise InputError(f"{path}: {what}, not a checkpoint that normdoctor reads", hint)
+    if torch_pickle.is_bare_pickle(source):
+        raise InputError(
+            f"{path}: a plain Python pickle, not written by torch.save",
+            "Load it where it was made and save the state_dict with torch.save or safetensors.",
+        )
+    from normdoctor.readers import onnx
+
+    if onnx.is_onnx(source):
+        return onnx.read(source)
+    raise InputError(f"{path}: not a model file ({_guess(head)})", READABLE)
+
+
+def _guess(head: bytes) -> str:
+    """What an unknown file looks like."""
+    if all(byte >= 32 or byte in b"\t\r\n\f" for byte in head):
+        return "it looks like text"
+    return "zeros only" if not any(head) else "its first bytes are those of no known format"
+
+

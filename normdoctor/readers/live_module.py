@@ -1,0 +1,114 @@
+"""A live nn.Module → Checkpoint. The caller has torch; nothing here imports it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from numpy.typing import NDArray
+
+from normdoctor.errors import InputError
+from normdoctor.layers import ArrayRef, Checkpoint, Container
+from normdoctor.readers.modules import ModuleRecord, read_modules
+
+
+def is_module(target: object) -> bool:
+    """Whether `target` is a torch.nn.Module, told without importing torch."""
+    return any(
+        base.__module__ == "torch.nn.modules.module" and base.__name__ == "Module" for base in type(target).__mro__
+    )
+
+
+def read(module: Any) -> Checkpoint:
+    """The norm layers of a live module, with its values at the moment each is first asked for."""
+    model, references = read_modules(LiveModule(module))
+    return Checkpoint(
+        path=type(module).__name__,
+        format="live PyTorch module",
+        container=Container.MEMORY,
+        models=(model,),
+        list_references=lambda: references,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class LiveArray:
+    """A torch tensor as an ArrayRef."""
+
+    tensor: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.tensor.dtype).removeprefix("torch.")
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.tensor.numel() * self.tensor.element_size())
+
+    @property
+    def identity(self) -> Hashable:
+        tensor = self.tensor
+        return (str(tensor.device), tensor.data_ptr(), self.dtype, self.shape, tuple(tensor.stride()))
+
+    def numpy(self) -> NDArray[Any]:
+        return self._values
+
+    @cached_property
+    def _values(self) -> NDArray[Any]:
+        tensor = self.tensor.detach()
+        if tensor.is_meta:
+            raise InputError(
+                "a norm parameter is on the meta device and has no values", "Load the weights first."
+            )
+        tensor = tensor.cpu()
+        if self.dtype.startswith(("bfloat", "float8")):
+            tensor = tensor.float()
+        values: NDArray[Any] = tensor.numpy().copy()
+        return values
+
+
+@dataclass(frozen=True)
+class LiveModule:
+    """A live nn.Module as a ModuleRecord."""
+
+    module: Any
+
+    @property
+    def identity(self) -> int:
+        return id(self.module)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        bases = [base for base in type(self.module).__mro__ if base is not object]
+        names = [f"{base.__module__}.{base.__qualname__}" for base in bases]
+        return tuple(name for name in names if name != "torch.nn.modules.module.Module")
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        return vars(self.module)
+
+    @cached_property
+    def _own(self) -> dict[str, Any]:
+        module = self.module
+        tables = {**module._parameters, **module._buffers}
+        return {name: tensor for name, tensor in tables.items() if tensor is not None}
+
+    @property
+    def tensors(self) -> Mapping[str, ArrayRef]:
+        return {name: LiveArray(tensor) for name, tensor in self._own.items()}
+
+    @property
+    def trainable(self) -> bool | None:
+        flags = [bool(p.requires_grad) for p in self.module._parameters.values() if p is not None]
+        return any(flags) if flags else None
+
+    def children(self) -> Iterable[tuple[str, ModuleRecord]]:
+        for name, child in self.module._modules.items():
+            if child is not None:
+                yield name, LiveModule(child)

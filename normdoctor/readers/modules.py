@@ -1,0 +1,179 @@
+"""Trees of nn.Module, pickled or live, → norm layers. Both are seen through the same small record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+from normdoctor.layers import ArrayRef, Model, NearMiss, NormKind, NormLayer, Reference
+from normdoctor.readers.arrays import MAX_ELEMENTS
+from normdoctor.readers.naming import (
+    Recognised,
+    _size,
+    finish,
+    group_of,
+    recognise,
+    strip_wrappers,
+)
+from normdoctor.readers.norm_classes import (
+    EPS_NAMES,
+    FROZEN_CLASS,
+    declared_width,
+    kind_of_class,
+    zero_centred_by_class,
+)
+
+MAX_MODULES = 1_000_000
+
+
+class ModuleRecord(Protocol):
+    """One module of a tree, whatever it is stored in."""
+
+    @property
+    def identity(self) -> int: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The full class name, then those of its bases where they are known."""
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        """Plain attributes: eps, momentum, training, ..."""
+
+    @property
+    def tensors(self) -> Mapping[str, ArrayRef]:
+        """Its own parameters and buffers by leaf name."""
+
+    @property
+    def trainable(self) -> bool | None:
+        """requires_grad of its own parameters: False where none of them has it, None where it cannot be told."""
+
+    def children(self) -> Iterable[tuple[str, ModuleRecord]]: ...
+
+
+@dataclass
+class _Walk:
+    layers: list[NormLayer] = field(default_factory=list)
+    misses: list[NearMiss] = field(default_factory=list)
+    places: dict[int, int] = field(default_factory=dict)
+    """Identity of a norm module → its place in layers."""
+    averaged: str | None = None
+
+
+def read_modules(root: ModuleRecord, key: str | None = None) -> tuple[Model, tuple[Reference, ...]]:
+    """The norm layers of a module tree, in the order of named_modules(), and all of its tensors by name.
+
+    A module used in several places is one layer with aliases."""
+    walk = _Walk()
+    references: list[Reference] = []
+    for name, module in _named_modules(root):
+        prefix = f"{name}." if name else ""
+        references += [Reference(prefix + leaf, array) for leaf, array in module.tensors.items()]
+        if module.identity in walk.places:
+            place = walk.places[module.identity]
+            layer = walk.layers[place]
+            walk.layers[place] = replace(layer, aliases=(*layer.aliases, name))
+            continue
+        _look_at(name, module, walk)
+    model = finish(key, walk.layers, near_misses=walk.misses, averaged=walk.averaged)
+    return model, tuple(references)
+
+
+def _named_modules(root: ModuleRecord) -> Iterator[tuple[str, ModuleRecord]]:
+    """Depth first, in order, without recursion: a hostile file nests a hundred thousand deep. A module that
+    has children of its own is entered once, a leaf is met under each of its names."""
+    entered: set[int] = set()
+    stack: list[tuple[str, ModuleRecord]] = [("", root)]
+    for _ in range(MAX_MODULES):
+        if not stack:
+            return
+        name, module = stack.pop()
+        yield name, module
+        if module.identity in entered:
+            continue
+        entered.add(module.identity)
+        prefix = f"{name}." if name else ""
+        stack += reversed([(prefix + child_name, child) for child_name, child in module.children()])
+
+
+def _look_at(name: str, module: ModuleRecord, walk: _Walk) -> None:
+    tensors, attributes, class_names = module.tensors, module.attributes, module.class_names
+    counter = tensors.get("n_averaged")
+    if counter is not None and _size(counter) == 1:
+        batches = float(counter.numpy().reshape(-1)[0])
+        walk.averaged = f"n_averaged = {batches:.0f}" if batches > 1 else None
+    kind = kind_of_class(class_names)
+    width = declared_width(attributes)
+    group = group_of(name, tensors)
+    found = recognise(group) if tensors else None
+    if kind is None:
+        if isinstance(found, str):
+            weight = tensors.get("weight")
+            walk.misses.append(NearMiss(name=name, shape=weight.shape if weight else (), reason=found))
+        # An unknown class is taken for a norm only with running statistics or a norm's own name.
+        own = class_names[0].rpartition(".")[2].lower()
+        if not isinstance(found, Recognised) or not ("running_var" in found.tensors or "norm" in own):
+            return
+        kind, channels, fields = found.kind, found.channels, dict(found.tensors)
+    else:
+        fields = {role: ref for role, ref in group.roles.items() if _usable(role, ref)}
+        if "alpha" in fields and kind is not NormKind.DYNAMIC_TANH:
+            del fields["alpha"]
+        sizes = [_size(fields[role]) for role in ("running_var", "weight", "running_mean") if role in fields]
+        channels = sizes[0] if sizes else width or 0
+        if not channels:
+            return  # a module that only holds a norm, or Conv2dNormActivation: the norm itself comes below
+    walk.layers.append(_layer(name, module, kind, channels, fields))
+    walk.places[module.identity] = len(walk.layers) - 1
+
+
+def _usable(role: str, ref: ArrayRef) -> bool:
+    return (
+        _size(ref) <= MAX_ELEMENTS and (role in ("num_batches_tracked", "alpha") or len(ref.shape) >= 1)
+    ) or (role in ("weight", "bias") and _size(ref) == 1)
+
+
+def _layer(
+    name: str, module: ModuleRecord, kind: NormKind, channels: int, fields: dict[str, ArrayRef]
+) -> NormLayer:
+    attributes, class_names = module.attributes, module.class_names
+    origin = class_names[0]
+    frozen = bool(FROZEN_CLASS.search(origin.rpartition(".")[2]))
+    groups = attributes.get("num_groups")
+    affine = attributes.get("affine", attributes.get("elementwise_affine"))
+    training = attributes.get("training")
+    tracks = attributes.get("track_running_stats")
+    return NormLayer(
+        name=name,
+        path=strip_wrappers(name),
+        kind=kind,
+        channels=channels,
+        origin=origin,
+        groups=groups if type(groups) is int else None,
+        eps=_number(attributes, EPS_NAMES),
+        momentum=_momentum(kind, attributes),
+        training=training if isinstance(training, bool) and not frozen else None,
+        affine=affine if isinstance(affine, bool) else None,
+        track_running_stats=tracks if isinstance(tracks, bool) else None,
+        requires_grad=module.trainable,
+        zero_centred_by_class=zero_centred_by_class(class_names, attributes),
+        **fields,
+    )
+
+
+def _number(attributes: Mapping[str, Any], names: Iterable[str]) -> float | None:
+    for name in names:
+        value = attributes.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    return None
+
+
+def _momentum(kind: NormKind, attributes: Mapping[str, Any]) -> float | Literal["cumulative"] | None:
+    """momentum as the module has it; its None is torch's word for a plain average."""
+    if kind not in (NormKind.BATCH, NormKind.INSTANCE):
+        return None
+    if "momentum" in attributes and attributes["momentum"] is None:
+        return "cumulative"
+    return _number(attributes, ("momentum",))

@@ -1,0 +1,345 @@
+"""Flat parameter names → norm layers. What counts as a norm is decided here, for every format with names.
+
+A group is the tensors that share a parent (layer1.0.bn1.*). Names of tensors and shapes decide; the parent's
+own name is asked only where shapes cannot tell (a lone 1-D weight is a PReLU as easily as an RMSNorm).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+
+from normdoctor.layers import ArrayRef, Model, NearMiss, NormKind, NormLayer, as_vector
+from normdoctor.readers.arrays import FLOAT_TYPES, MAX_ELEMENTS
+
+WRAPPERS = frozenset(
+    {
+        "module",
+        "_orig_mod",
+        "_fsdp_wrapped_module",
+        "_fpw_module",
+        "_checkpoint_wrapped_module",
+        "_forward_module",
+        "_module",
+    }
+)
+"""Path components that DataParallel, torch.compile, FSDP, activation checkpointing and their like insert."""
+
+COMMON_PREFIXES = ("model", "net")
+"""Path components that are dropped for matching when every name of a model begins with them."""
+
+FLAT_PARAMETER = re.compile(r"(^|[._])_?flat_param(_\d+)?$")
+
+ROLES = {
+    "weight": ("weight", "gamma", "scale", "g"),
+    "bias": ("bias", "beta"),
+    "running_mean": ("running_mean", "moving_mean", "_mean", "mean"),
+    "running_var": ("running_var", "moving_variance", "moving_var", "_variance", "variance", "var"),
+    "num_batches_tracked": ("num_batches_tracked",),
+    "alpha": ("alpha",),
+}
+"""NormLayer field → the leaf names it goes by: torch, Keras, Paddle, Flax and older conventions."""
+
+# Words of a module's own name: norm1, q_norm, ln_f, input_layernorm, LayerNorm. Not "normalizer".
+BATCH_WORDS = frozenset({"bn", "batchnorm", "syncbn", "syncbatchnorm"})
+LAYER_WORDS = frozenset({"ln", "layernorm"})
+GROUP_WORDS = frozenset({"gn", "groupnorm"})
+INSTANCE_WORDS = frozenset({"inorm", "instancenorm"})
+RMS_WORDS = frozenset({"rms", "rmsnorm"})
+NORM_WORDS = BATCH_WORDS | LAYER_WORDS | GROUP_WORDS | INSTANCE_WORDS | RMS_WORDS
+TWO_WORDS = re.compile(r"(batch|layer|group|instance|rms|sync|weight|spectral)_(norm|bn)")
+
+FALSE_FRIENDS = re.compile(
+    r"^(grn|prelu|act|relu|affine|scale|ls|layerscale|gate|gates|embed|embedding|embeddings|weightnorm|"
+    r"spectralnorm)$"
+)
+
+EVO_OR_FRN_MEMBERS = {"v": NormKind.EVO, "tau": NormKind.FILTER_RESPONSE}
+DYNAMIC_TANH_EXTRAS = frozenset({"alpha", "shift", "s"})
+
+
+def strip_wrappers(name: str) -> str:
+    """`name` without the path components that wrappers insert.
+
+    >>> strip_wrappers("module._orig_mod.layer1._fsdp_wrapped_module.bn1")
+    'layer1.bn1'
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+@dataclass(kw_only=True)
+class Group:
+    """The tensors of one parent, sorted by role, and what their shapes say."""
+
+    parent: str
+    roles: dict[str, ArrayRef] = field(default_factory=dict)
+    others: dict[str, ArrayRef] = field(default_factory=dict)
+
+    @property
+    def own_name(self) -> str:
+        """The last part of the path that is a word: norm in blocks.0.norm, bn in bn.0."""
+        parts = [part for part in self.parent.split(".") if not part.isdigit() and part not in WRAPPERS]
+        return parts[-1] if parts else ""
+
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """The words of the own name: {q, norm}, {ln, f}, {layernorm} for layer_norm."""
+        joined = TWO_WORDS.sub(r"\1\2", self.own_name.lower())
+        return frozenset(re.findall("[a-z]+", joined))
+
+    @property
+    def false_friend(self) -> bool:
+        return any(FALSE_FRIENDS.match(word) for word in self.words)
+
+    @property
+    def named_like_norm(self) -> bool:
+        is_norm = any(word in NORM_WORDS or word.endswith("norm") for word in self.words)
+        return is_norm and not self.false_friend
+
+    @property
+    def pattern(self) -> str:
+        """The path with every number written #: equal for the same place in repeated blocks."""
+        return re.sub(r"(?<![^.])\d+(?![^.])", "#", strip_wrappers(self.parent))
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """A norm: its kind, its channels and its tensors by NormLayer field."""
+
+    kind: NormKind
+    channels: int
+    tensors: Mapping[str, ArrayRef]
+
+
+def group_of(parent: str, tensors: Mapping[str, ArrayRef]) -> Group:
+    """Sort the tensors of one parent by role. Leaf names as stored; the first name of a role wins."""
+    group = Group(parent=parent)
+    for role, names in ROLES.items():
+        for name in names:
+            if name in tensors:
+                group.roles[role] = tensors[name]
+                break
+    taken = {id(tensor) for tensor in group.roles.values()}
+    group.others = {name: tensor for name, tensor in tensors.items() if id(tensor) not in taken}
+    return group
+
+
+def recognise(group: Group) -> Recognised | str | None:
+    """The norm that `group` is, or why it is not one although it looked like it, or None for anything else."""
+    roles, others = group.roles, group.others
+    vectors = {role: tensor for role, tensor in roles.items() if _is_vector(tensor)}
+    var, mean = vectors.get("running_var"), vectors.get("running_mean")
+    if var is not None or mean is not None:
+        return _with_statistics(group, vectors)
+    weight, bias = vectors.get("weight"), vectors.get("bias")
+    if weight is None:
+        return _many_dimensional(group)
+    if group.false_friend:
+        return f"the name {group.own_name} is not a norm's"
+    found: Recognised | None = None
+    alpha = roles.get("alpha")
+    if alpha is not None:
+        if _size(alpha) == 1 and set(others) <= DYNAMIC_TANH_EXTRAS:
+            found = Recognised(NormKind.DYNAMIC_TANH, _size(weight), {**vectors, "alpha": alpha})
+        elif bias is None or set(others) - EVO_OR_FRN_MEMBERS.keys():
+            return "alpha is not the scalar of a DynamicTanh"
+    elif others:
+        kinds = {EVO_OR_FRN_MEMBERS.get(name) for name in others if name not in ("eps", "eps_l")}
+        kind = next(iter(kinds)) if len(kinds) == 1 else None
+        if kind is None:
+            return None if any(len(tensor.shape) > 1 for tensor in others.values()) else "other tensors beside it"
+        found = Recognised(kind, _size(weight), vectors)
+    elif bias is not None:
+        if _size(bias) != _size(weight) and not group.named_like_norm:
+            return "weight and bias differ in length"
+        if _size(weight) == 1 and not group.named_like_norm:
+            return "a single channel and no norm's name"
+        found = Recognised(_kind_by_name(group, NormKind.LAYER_OR_GROUP), _size(weight), vectors)
+    elif "bias" in roles:
+        return None
+    elif group.named_like_norm:
+        found = Recognised(_kind_by_name(group, NormKind.LAYER_OR_RMS), _size(weight), vectors)
+    else:
+        return "a lone vector without a norm's name (PReLU, LayerScale, gate)"
+    return found
+
+
+def _with_statistics(group: Group, vectors: Mapping[str, ArrayRef]) -> Recognised | str:
+    if "count" in group.others and "weight" not in vectors:
+        return "a running normaliser of observations (mean, var, count), not a layer"
+    channels = next(_size(vectors[role]) for role in ("running_var", "running_mean") if role in vectors)
+    tensors: dict[str, ArrayRef] = dict(vectors)
+    counter = group.roles.get("num_batches_tracked")
+    if counter is not None and _size(counter) == 1:
+        tensors["num_batches_tracked"] = counter
+    kind = NormKind.BATCH
+    if "v" in group.others:
+        kind = NormKind.EVO
+    elif group.words & INSTANCE_WORDS:
+        kind = NormKind.INSTANCE
+    return Recognised(kind, channels, tensors)
+
+
+def _many_dimensional(group: Group) -> Recognised | str | None:
+    """LayerNorm over several axes keeps its affine in their shape: [1, 264]. A convolution's bias never does."""
+    weight, bias = group.roles.get("weight"), group.roles.get("bias")
+    if weight is None or not _plausible(weight) or group.others:
+        return None
+    if bias is not None and bias.shape == weight.shape and len(weight.shape) > 1:
+        if not group.named_like_norm:
+            return "weight and bias of one shape, but no norm's name"
+        return Recognised(NormKind.LAYER, _size(weight), {"weight": weight, "bias": bias})
+    return None
+
+
+def _kind_by_name(group: Group, otherwise: NormKind) -> NormKind:
+    kinds = {
+        NormKind.BATCH: BATCH_WORDS,
+        NormKind.INSTANCE: INSTANCE_WORDS,
+        NormKind.GROUP: GROUP_WORDS,
+        NormKind.RMS: RMS_WORDS,
+    }
+    if otherwise is NormKind.LAYER_OR_GROUP:
+        kinds[NormKind.LAYER] = LAYER_WORDS  # a gain alone under this name is as often an RMSNorm (LLaMA)
+    return next((kind for kind, words in kinds.items() if group.words & words), otherwise)
+
+
+def _size(tensor: ArrayRef) -> int:
+    return int(np.prod(tensor.shape, dtype=object)) if tensor.shape else 1
+
+
+def _plausible(tensor: ArrayRef) -> bool:
+    return tensor.dtype in FLOAT_TYPES and 0 < _size(tensor) <= MAX_ELEMENTS
+
+
+def _is_vector(tensor: ArrayRef) -> bool:
+    return len(tensor.shape) == 1 and _plausible(tensor)
+
+
+def read_names(tensors: Mapping[str, ArrayRef], key: str | None = None) -> Model:
+    """The norm layers among the tensors of one flat state_dict, in its order.
+
+    key: where in the file the state_dict was found, if the file holds several."""
+    groups: dict[str, dict[str, ArrayRef]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        parent, _, leaf = name.rpartition(".")
+        groups[parent][leaf] = tensor
+    sorted_groups = [group_of(parent, leaves) for parent, leaves in groups.items()]
+    outcomes = [(group, recognise(group)) for group in sorted_groups]
+    layers, misses = [], []
+    batch_places = _batch_places(outcomes)
+    for group, outcome in outcomes:
+        if isinstance(outcome, Recognised):
+            kind = outcome.kind
+            if kind is NormKind.LAYER_OR_GROUP and group.pattern in batch_places:
+                kind = NormKind.BATCH
+            layers.append(
+                NormLayer(
+                    name=group.parent,
+                    path=strip_wrappers(group.parent),
+                    kind=kind,
+                    channels=outcome.channels,
+                    **cast(dict[str, Any], outcome.tensors),
+                )
+            )
+        elif isinstance(outcome, str):
+            shape = group.roles["weight"].shape if "weight" in group.roles else ()
+            misses.append(NearMiss(name=group.parent, shape=shape, reason=outcome))
+    return finish(key, layers, near_misses=misses, averaged=_averaged(tensors))
+
+
+def _batch_places(outcomes: Sequence[tuple[Group, Recognised | str | None]]) -> set[str]:
+    """Patterns of paths at which a layer with weight and bias alone is a BatchNorm that lost its buffers:
+    most layers of the same pattern have buffers."""
+    seen: Counter[str] = Counter()
+    without: Counter[str] = Counter()
+    for group, outcome in outcomes:
+        if isinstance(outcome, Recognised):
+            if outcome.kind is NormKind.BATCH and "running_var" in outcome.tensors:
+                seen[group.pattern] += 1
+            elif outcome.kind is NormKind.LAYER_OR_GROUP:
+                without[group.pattern] += 1
+    return {pattern for pattern, count in seen.items() if "#" in pattern and count > without[pattern]}
+
+
+def _averaged(tensors: Mapping[str, ArrayRef]) -> str | None:
+    counter = tensors.get("n_averaged")
+    if counter is None or _size(counter) != 1:
+        return None
+    vector = as_vector(counter)
+    assert vector is not None
+    return f"n_averaged = {vector[0]:.0f}" if vector[0] > 1 else None
+
+
+def finish(
+    key: str | None,
+    layers: Iterable[NormLayer],
+    *,
+    near_misses: Iterable[NearMiss] = (),
+    averaged: str | None = None,
+) -> Model:
+    """A Model of these layers: tied ones joined, paths shortened for matching, zero-centred gains settled."""
+    joined = settle_gains(shorten_paths(join_tied(list(layers))))
+    return Model(key=key, layers=tuple(joined), near_misses=tuple(near_misses), averaged=averaged)
+
+
+def join_tied(layers: Sequence[NormLayer]) -> list[NormLayer]:
+    """One layer for each set of layers whose tensors are all the same memory; the other names as aliases."""
+    by_tensors: dict[Hashable, int] = {}
+    result: list[NormLayer] = []
+    for layer in layers:
+        refs = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
+        identity = tuple(None if ref is None else ref.identity for ref in refs)
+        if not any(identity):
+            result.append(layer)
+        elif identity in by_tensors:
+            place = by_tensors[identity]
+            result[place] = replace(result[place], aliases=(*result[place].aliases, layer.name))
+        else:
+            by_tensors[identity] = len(result)
+            result.append(layer)
+    return result
+
+
+def shorten_paths(layers: Sequence[NormLayer]) -> list[NormLayer]:
+    """Drop a leading `model.` or `net.` from the paths where all of them have it."""
+    for prefix in COMMON_PREFIXES:
+        if len(layers) > 1 and all(layer.path.startswith(prefix + ".") for layer in layers):
+            return [replace(layer, path=layer.path.removeprefix(prefix + ".")) for layer in layers]
+    return list(layers)
+
+
+GAIN_ONLY = frozenset({NormKind.RMS, NormKind.LAYER_OR_RMS})
+
+
+def settle_gains(layers: Sequence[NormLayer]) -> list[NormLayer]:
+    """Decide for norms with a gain alone whether weight means gamma or gamma - 1.
+
+    The class decides where the file names one. Otherwise the values do, over all layers of the same place
+    (q_norm, input_layernorm) together and never for a single layer: gains that average nearer to 0 than
+    to 1 with a tenth of them or more at or below 0 are stored around 0. A gamma below 0 is rare."""
+    places: dict[str, list[NormLayer]] = defaultdict(list)
+    for layer in layers:
+        if layer.kind in GAIN_ONLY and layer.weight is not None and layer.zero_centred_by_class is None:
+            places[layer.path.rpartition(".")[2]].append(layer)
+    centred = {id(layer) for group in places.values() if _centred_on_zero(group) for layer in group}
+    return [
+        replace(layer, zero_centred=layer.zero_centred_by_class or id(layer) in centred)
+        if layer.kind in GAIN_ONLY or layer.zero_centred_by_class is not None
+        else layer
+        for layer in layers
+    ]
+
+
+def _centred_on_zero(layers: Sequence[NormLayer]) -> bool:
+    values = np.concatenate([vector for layer in layers if (vector := as_vector(layer.weight)) is not None])
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return False
+    return bool(abs(float(np.median(values))) < 0.5 and float((values <= 0).mean()) >= 0.1)

@@ -1,0 +1,95 @@
+"""Which classes are norm layers, and what they compute, by class name and attributes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from normdoctor.layers import NormKind
+
+KINDS_BY_NAME: tuple[tuple[str, NormKind], ...] = (
+    (r"RMSNorm|RmsNorm|^T5LayerNorm$|^SimpleRMS", NormKind.RMS),
+    (r"BatchNorm|^(InPlace)?ABN(Sync)?$|^InplaceAbn$|^BatchRenorm", NormKind.BATCH),
+    (r"InstanceNorm", NormKind.INSTANCE),
+    (r"LayerNorm", NormKind.LAYER),
+    (r"GroupNorm", NormKind.GROUP),
+    (r"^EvoNorm", NormKind.EVO),
+    (r"^FilterResponseNorm|^FRN", NormKind.FILTER_RESPONSE),
+    (r"^DynamicTanh$|^DyT$|^Derf$|^DynamicErf$", NormKind.DYNAMIC_TANH),
+)
+"""Searched in order in the class's own name: torch, torchvision, timm, detectron2, apex, transformers, the papers."""
+
+FROZEN_CLASS = re.compile(r"Frozen")
+"""FrozenBatchNorm2d and its like always use their buffers; their training flag means nothing."""
+
+ZERO_CENTRED_CLASSES = frozenset(
+    {
+        "GemmaRMSNorm",
+        "Gemma2RMSNorm",
+        "Gemma3RMSNorm",
+        "RecurrentGemmaRMSNorm",
+        "T5GemmaRMSNorm",
+        "VaultGemmaRMSNorm",
+        "Qwen3NextRMSNorm",
+        "Qwen3_5RMSNorm",
+        "NemotronLayerNorm1P",
+    }
+)
+"""Classes of transformers that multiply by 1 + weight."""
+
+PLAIN_GAIN_CLASSES = frozenset(
+    {
+        "torch.nn.modules.normalization.RMSNorm",
+        "LlamaRMSNorm",
+        "MistralRMSNorm",
+        "Qwen2RMSNorm",
+        "Qwen3RMSNorm",
+        "Phi3RMSNorm",
+        "Gemma3nRMSNorm",
+        "T5LayerNorm",
+    }
+)
+"""Classes that multiply by weight itself; their values are never read as 1 + weight."""
+
+EPS_NAMES = ("eps", "epsilon", "variance_epsilon", "_eps")
+ZERO_CENTRED_FLAGS = ("zero_centered_gamma", "add_unit_offset", "unit_offset", "zero_centered")
+WIDTH_NAMES = ("num_features", "num_channels", "normalized_shape")
+
+
+def kind_of_class(class_names: Sequence[str]) -> NormKind | None:
+    """The kind of norm that a class (its full name, then those of its bases) implements, None for no norm."""
+    for full_name in class_names:
+        name = full_name.rpartition(".")[2].removeprefix("Parametrized")
+        for pattern, kind in KINDS_BY_NAME:
+            if re.search(pattern, name):
+                return kind
+    return None
+
+
+def zero_centred_by_class(class_names: Sequence[str], attributes: Mapping[str, Any]) -> bool | None:
+    """Whether the class multiplies by 1 + weight; None where neither its name nor a flag says."""
+    for flag in ZERO_CENTRED_FLAGS:
+        if isinstance(attributes.get(flag), bool):
+            return bool(attributes[flag])
+    for full_name in class_names:
+        short = full_name.rpartition(".")[2]
+        if short in ZERO_CENTRED_CLASSES:
+            return True
+        if short in PLAIN_GAIN_CLASSES or full_name in PLAIN_GAIN_CLASSES:
+            return False
+    return None
+
+
+def declared_width(attributes: Mapping[str, Any]) -> int | None:
+    """The number of channels that the attributes name: num_features, num_channels or normalized_shape."""
+    for name in WIDTH_NAMES:
+        value = attributes.get(name)
+        if type(value) is int and value > 0:
+            return value
+        if isinstance(value, (tuple, list)) and value and all(type(n) is int and n > 0 for n in value):
+            width = 1
+            for length in value:
+                width *= length
+            return width
+    return None

@@ -1,0 +1,300 @@
+"""Files written by torch.save: the zip container (torch 1.6 and later) and the older one of five pickles in a row.
+
+Layout of the zip: <root>/data.pkl, <root>/byteorder, <root>/data/<key> for each storage, all uncompressed.
+Layout of the older one: magic number, protocol version, system info, the object, the storage keys; then for
+each key its element count as 8 bytes and its elements.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from normdoctor.errors import InputError
+from normdoctor.layers import Checkpoint, Container, Reference
+from normdoctor.readers import load_calls
+from normdoctor.readers.arrays import ITEM_SIZES, FileStorage, Source, Storage
+from normdoctor.readers.pickle_machine import Call, Pickled, PickleMachine
+from normdoctor.readers.torch_contents import describe, find_models
+from normdoctor.readers.torch_tensors import StorageKey, TensorReader, storage_key
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_PROTOCOL = 1001
+
+MAX_INFLATED = 256 << 20
+"""A compressed record is inflated up to this size; torch itself compresses nothing."""
+
+LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+
+
+def is_zip(source: Source) -> bool:
+    return source.size >= 4 and source.read_at(0, 4) in (b"PK\x03\x04", b"PK\x05\x06")
+
+
+def is_legacy(source: Source) -> bool:
+    """Whether the file begins with a pickle of torch's magic number, in any protocol."""
+    if source.size < 4:
+        return False
+    head = source.read_at(0, min(source.size, 64))
+    if head[:1] not in (b"\x80", b"L", b"\x8a"):
+        return False
+    try:
+        return PickleMachine(io.BytesIO(head), "magic number").run().value == LEGACY_MAGIC
+    except InputError:
+        return False
+
+
+def is_bare_pickle(source: Source) -> bool:
+    """Whether the file begins like a pickle of protocol 2 to 5."""
+    return source.size >= 2 and source.read_at(0, 1) == b"\x80" and source.read_at(1, 1) in b"\x02\x03\x04\x05"
+
+
+# the zip container
+
+
+class ZipRecords:
+    """The records of a zip file by name, each checked against its own header before it is read.
+
+    Raises InputError for what a loader and a scanner could see differently: two records of one name, a
+    record whose own header names something else."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        try:
+            with zipfile.ZipFile(source.stream()) as archive:
+                infos = archive.infolist()
+        except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError, EOFError, OverflowError) as error:
+            raise InputError(
+                f"{source.path}: the zip container is damaged ({error})",
+                "The file is truncated or was not written completely; copy or download it again.",
+            ) from None
+        self.infos: dict[str, zipfile.ZipInfo] = {}
+        for info in infos:
+            if info.filename in self.infos:
+                raise InputError(
+                    f"{source.path}: two records are both named {info.filename}",
+                    "Loaders disagree on which one counts, so this file was made to mislead; do not load it.",
+                )
+            self.infos[info.filename] = info
+
+    @cached_property
+    def root(self) -> str | None:
+        """The folder that holds data.pkl, with its slash; None where there is no such record."""
+        roots = [name.removesuffix("data.pkl") for name in self.infos if name.endswith("data.pkl")]
+        roots = [root for root in roots if root.count("/") <= 1]
+        return min(roots, key=len) if roots else None
+
+    def data_offset(self, info: zipfile.ZipInfo) -> int:
+        """Where the record's bytes begin."""
+        header = LOCAL_HEADER.unpack(self.source.read_at(info.header_offset, LOCAL_HEADER.size))
+        name_length, extra_length = header[-2:]
+        name = self.source.read_at(info.header_offset + LOCAL_HEADER.size, name_length)
+        if header[0] != b"PK\x03\x04" or name != info.orig_filename.encode(
+            "utf-8" if info.flag_bits & 0x800 else "cp437", "replace"
+        ):
+            raise self._damaged(info, "has a header of its own that names something else")
+        return info.header_offset + LOCAL_HEADER.size + name_length + extra_length
+
+    def storage(self, name: str) -> Storage:
+        """The bytes of a record. Raises InputError where there is none, or it is encrypted or too large."""
+        info = self.infos.get(name)
+        if info is None:
+            raise InputError(
+                f"{self.source.path}: the record {name} is missing", "Copy or download the file again."
+            )
+        offset = self.data_offset(info)
+        if info.flag_bits & 1:
+            raise self._damaged(info, "is encrypted")
+        if info.compress_type == zipfile.ZIP_STORED:
+            if info.compress_size != info.file_size or offset + info.file_size > self.source.size:
+                raise self._damaged(info, "claims a size that the file does not have")
+            return FileStorage(name, self.source, offset, info.file_size, info.CRC)
+        if info.compress_type != zipfile.ZIP_DEFLATED:
+            raise self._damaged(info, "is compressed in a way torch does not read")
+        if info.file_size > MAX_INFLATED:
+            raise self._damaged(info, f"is compressed and would take {info.file_size:,} bytes")
+        return DeflatedStorage(
+            name, FileStorage(name, self.source, offset, info.compress_size), info.file_size, info.CRC
+        )
+
+    def read(self, name: str) -> bytes:
+        storage = self.storage(name)
+        if storage.nbytes > MAX_INFLATED:
+            raise self._damaged(self.infos[name], f"has {storage.nbytes:,} bytes")
+        return storage.read(0, storage.nbytes)
+
+    def _damaged(self, info: zipfile.ZipInfo, how: str) -> InputError:
+        return InputError(
+            f"{self.source.path}: the record {info.filename} {how}",
+            "The file is damaged or was made to mislead; copy or download it again.",
+        )
+
+
+@dataclass(frozen=True)
+class DeflatedStorage:
+    """A compressed zip record, inflated as a whole when first read. `packed` is its place in the file."""
+
+    name: str
+    packed: FileStorage
+    nbytes: int
+    crc32: int
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        return (id(self.packed.source), self.packed.offset)
+
+    @cached_property
+    def _inflated(self) -> bytes:
+        machine = zlib.decompressobj(-15)
+        try:
+            data = machine.decompress(self.packed.read(0, self.packed.nbytes), self.nbytes + 1)
+        except zlib.error:
+            data = b""
+        if len(data) != self.nbytes or zlib.crc32(data) != self.crc32:
+            raise InputError(
+                f"{self.packed.source.path}: record {self.name} does not match its checksum",
+                "The file is damaged; copy or download it again.",
+            )
+        return data
+
+    def read(self, offset: int, count: int) -> bytes:
+        return self._inflated[offset : offset + count]
+
+
+def read_zip(source: Source, records: ZipRecords) -> Checkpoint:
+    """The checkpoint in a torch zip. records.root must not be None."""
+    root = records.root or ""
+    pickled = PickleMachine(io.BytesIO(records.read(root + "data.pkl")), f"{source.path}: data.pkl").run()
+    big_endian = False
+    if root + "byteorder" in records.infos:
+        big_endian = records.read(root + "byteorder").strip() == b"big"
+    storages: dict[str, Storage] = {}
+
+    def storage_of(key: StorageKey) -> Storage:
+        if key.key not in storages:
+            storages[key.key] = records.storage(f"{root}data/{key.key}")
+        return storages[key.key]
+
+    return _checkpoint(source, Container.ZIP, [pickled], pickled, TensorReader(storage_of, big_endian))
+
+
+# the older container
+
+
+def read_legacy(source: Source) -> Checkpoint:
+    """The checkpoint in a file of torch before 1.6 (or of _use_new_zipfile_serialization=False)."""
+    stream = source.stream()
+    pickles = [PickleMachine(stream, f"{source.path}: pickle {n} of 5").run() for n in range(1, 6)]
+    magic, protocol, system, _, keys = (pickled.value for pickled in pickles)
+    if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL or not isinstance(keys, list):
+        raise InputError(
+            f"{source.path}: the headers of the legacy container are damaged", "Download it again."
+        )
+    big_endian = isinstance(system, Mapping) and system.get("little_endian") is False
+    places = _legacy_places(source, stream.tell(), keys, pickles[3], big_endian)
+
+    def storage_of(key: StorageKey) -> Storage:
+        if key.key not in places:
+            raise InputError(f"{source.path}: the storage {key.key} is missing", "Download the file again.")
+        return places[key.key]
+
+    return _checkpoint(source, Container.LEGACY, pickles, pickles[3], TensorReader(storage_of, big_endian))
+
+
+def _legacy_places(
+    source: Source, position: int, keys: list[object], pickled: Pickled, big_endian: bool
+) -> dict[str, FileStorage]:
+    """Where each storage lies. The file gives counts of elements; their size comes from the pickle alone."""
+    item_sizes = {key.key: ITEM_SIZES[key.dtype] for key in _storage_keys(pickled)}
+    places: dict[str, FileStorage] = {}
+    for key in keys:
+        if not isinstance(key, str) or key not in item_sizes:
+            raise InputError(
+                f"{source.path}: a storage is listed that no tensor uses", "The file is damaged or hostile."
+            )
+        if key in places:
+            raise InputError(
+                f"{source.path}: the storage {key} is listed twice", "The file is damaged or hostile."
+            )
+        count = int.from_bytes(source.read_at(position, 8), "big" if big_endian else "little", signed=True)
+        nbytes = count * item_sizes[key]
+        if count < 0 or position + 8 + nbytes > source.size:
+            raise InputError(
+                f"{source.path}: the storage {key} claims {count:,} elements, more than the file holds",
+                "The file is truncated; copy or download it again.",
+            )
+        places[key] = FileStorage(key, source, position + 8, nbytes)
+        position += 8 + nbytes
+    return places
+
+
+def _storage_keys(pickled: Pickled) -> Iterator[StorageKey]:
+    for call in pickled.calls:
+        for argument in _arguments(call):
+            key = storage_key(argument)
+            if key is not None:
+                yield key
+
+
+def _arguments(call: Call) -> Iterator[object]:
+    yield from call.args
+    for argument in call.args:
+        if isinstance(argument, tuple):  # _rebuild_from_type_v2(function, type, args, state)
+            yield from argument
+
+
+# both
+
+
+def _checkpoint(
+    source: Source, container: Container, pickles: list[Pickled], content: Pickled, reader: TensorReader
+) -> Checkpoint:
+    contents = find_models(content.value, reader)
+
+    def list_references() -> tuple[Reference, ...]:
+        named = {id(reference.array) for reference in contents.references}
+        others = (tensor for call in content.calls if (tensor := reader.tensor(call)) is not None)
+        unnamed = [Reference("", tensor.array) for tensor in others if id(tensor.array) not in named]
+        return (*contents.references, *unnamed)
+
+    words = {Container.ZIP: "zip", Container.LEGACY: "legacy container"}[container]
+    return Checkpoint(
+        path=str(source.path),
+        format=f"PyTorch {describe(content.value, contents.models)} ({words})",
+        container=container,
+        models=tuple(contents.models),
+        notes=tuple(contents.notes),
+        list_references=list_references,
+        load_calls=load_calls.judge(call for pickled in pickles for call in pickled.calls),
+        bytes_total=source.size,
+        count_bytes_read=lambda: source.bytes_read,
+        on_close=source.close,
+    )
+
+
+def explain_other_zip(path: Path, records: ZipRecords) -> InputError:
+    """Why a zip file without data.pkl is not a checkpoint we read."""
+    names = list(records.infos)
+    found = "a zip file"
+    with contextlib.suppress(StopIteration):
+        found = next(
+            words
+            for words, test in (
+                ("a torch.export package (.pt2)", lambda n: n.endswith(("models/model.json", "serialized_exported_program.json"))),
+                ("a NumPy archive (.npz)", lambda n: n.endswith(".npy")),
+                ("a Keras archive", lambda n: n.endswith("model.weights.h5")),
+                ("a Word or Excel document", lambda n: n == "[Content_Types].xml"),
+            )
+            if any(test(name) for name in names)
+        )  # fmt: skip
+    return InputError(
+        f"{path}: {found} without a data.pkl: not a checkpoint that normdoctor reads",
+        "normdoctor reads torch.save files, safetensors and ONNX; export or save the model as one of them.",
+    )

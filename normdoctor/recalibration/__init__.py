@@ -1,0 +1,122 @@
+"""`recalibrate`: running statistics that fit the weights again, written back without touching anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from normdoctor.errors import RefusedError, UsageError
+from normdoctor.inspection import check_momentum, matches
+from normdoctor.layers import Checkpoint, Container
+from normdoctor.readers import open_checkpoint
+from normdoctor.recalibration.debias import Repair, Untouched, plan
+from normdoctor.writing import check_output
+
+MARK = "debias"
+"""Recorded in an ONNX file, which has no counter to show that it was debiased already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recalibration:
+    """What was changed, in which layers, and where the result is."""
+
+    source: str
+    method: Literal["debias"]
+    repairs: tuple[Repair, ...]
+    untouched: tuple[Untouched, ...]
+    path: Path | None = None
+    """The repaired file, None for a live module."""
+    module: Any = None
+    """The repaired live module, the same object that was given."""
+
+
+def recalibrate(
+    model: Any,
+    *,
+    method: Literal["debias"],
+    output: str | Path | None = None,
+    momentum: float | None = None,
+    updates: int | None = None,
+    layer: Iterable[str] = (),
+    keep_counters: bool = False,
+    overwrite: bool = False,
+) -> Recalibration:
+    """Repair the running statistics of a checkpoint (into a copy) or of a live module (in place).
+
+    method "debias" needs no data: it takes the known share of initial 0 and 1 out of the buffers (rule S104).
+    output: the repaired file, MODEL.recalibrated.EXT by default; the input is never touched.
+    momentum, updates: used where the file does not say them. Nothing is assumed for a write.
+    layer: globs; only matching layers are changed.
+    keep_counters: leave num_batches_tracked, which is otherwise raised to where the residue is below 1e-4, so
+    that neither `inspect` nor a second debias takes the repaired buffers for biased ones.
+
+    Raises RefusedError, with nothing written, where the arithmetic would be wrong; InputError for a file that
+    cannot be read; UsageError for an output that exists."""
+    if method != "debias":
+        raise UsageError(f"no method {method!r}", "The only method is debias.")
+    if updates is not None and updates < 1:
+        raise UsageError(f"updates must be at least 1, not {updates}")
+    momentum = check_momentum(momentum)
+    target = None
+    if isinstance(model, (str, Path)):
+        target = default_output(Path(model)) if output is None else Path(output)
+        check_output(target, Path(model), overwrite)
+    elif output is not None:
+        raise UsageError("a live module is repaired in place", "Leave out output, and save it with torch.save.")
+    globs = tuple(layer)
+    with open_checkpoint(model) as checkpoint:
+        wanted = [found for found in checkpoint.layers if not globs or matches(found, globs)]
+        if globs and not wanted:
+            raise UsageError(f"no layer matches {', '.join(globs)}", "normdoctor inspect --all lists them.")
+        _refuse_repetition(checkpoint)
+        repairs, untouched = plan(wanted, momentum=momentum, updates=updates, keep_counters=keep_counters)
+        _write(checkpoint, repairs, target)
+    return Recalibration(
+        source=checkpoint.path,
+        method=method,
+        repairs=tuple(repairs),
+        untouched=tuple(untouched),
+        path=target,
+        module=model if target is None else None,
+    )
+
+
+def default_output(source: Path) -> Path:
+    """model.pt → model.recalibrated.pt"""
+    return source.with_name(f"{source.stem}.recalibrated{source.suffix}")
+
+
+def _refuse_repetition(checkpoint: Checkpoint) -> None:
+    if checkpoint.container is not Container.ONNX:
+        return
+    from normdoctor.recalibration import with_onnx
+
+    mark = with_onnx.recorded_mark(Path(checkpoint.path))
+    if mark is not None:
+        raise RefusedError(
+            f"{checkpoint.path}: was recalibrated before ({mark})",
+            "A second debias would take out a residue that is gone.",
+        )
+
+
+def _write(checkpoint: Checkpoint, repairs: list[Repair], output: Path | None) -> None:
+    if checkpoint.container is Container.MEMORY:
+        from normdoctor.recalibration import with_torch
+
+        with_torch.assign(repairs)
+        return
+    assert output is not None
+    if checkpoint.container is Container.ONNX:
+        from normdoctor.recalibration import with_onnx
+
+        values = {
+            repair.layer.name: {"running_mean": repair.running_mean, "running_var": repair.running_var}
+            for repair in repairs
+        }
+        with_onnx.write_onnx(Path(checkpoint.path), output, values, MARK)
+        return
+    from normdoctor.recalibration.write_back import changes_of, write_back
+
+    write_back(checkpoint, changes_of(repairs), output)

@@ -1,0 +1,286 @@
+"""New buffer values into a copy of a checkpoint: the payload of the changed tensors and their checksums differ,
+nothing else. No pickle is loaded or written.
+"""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normdoctor.errors import RefusedError
+from normdoctor.layers import ArrayRef, Checkpoint, Container, NormLayer, Reference
+from normdoctor.readers.arrays import FLOAT_TYPES, FileStorage, Source, StoredArray, decode, encode
+from normdoctor.readers.torch_pickle import LOCAL_HEADER, DeflatedStorage, ZipRecords
+from normdoctor.recalibration.debias import Repair
+from normdoctor.writing import replacing
+
+CHUNK = 1 << 20
+FAR_PAST_ZIP32 = 0xFFFFFFFF
+
+CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
+END_RECORD = struct.Struct("<4s4H2IH")
+
+
+@dataclass(frozen=True)
+class Change:
+    """New values for one tensor of one layer."""
+
+    layer: NormLayer
+    field: str
+    values: NDArray[Any]
+
+    @property
+    def array(self) -> ArrayRef:
+        array = getattr(self.layer, self.field)
+        assert array is not None
+        return array  # type: ignore[no-any-return]
+
+
+def changes_of(repairs: Iterable[Repair]) -> list[Change]:
+    """The tensors that the repairs change."""
+    changes = []
+    for repair in repairs:
+        changes.append(Change(repair.layer, "running_mean", repair.running_mean))
+        changes.append(Change(repair.layer, "running_var", repair.running_var))
+        if repair.counter is not None:
+            changes.append(Change(repair.layer, "num_batches_tracked", np.array([repair.counter])))
+    return changes
+
+
+@dataclass(frozen=True)
+class _Patch:
+    storage: FileStorage | DeflatedStorage
+    offset: int
+    data: bytes
+
+
+def write_back(checkpoint: Checkpoint, changes: Sequence[Change], output: Path) -> None:
+    """A copy of the checkpoint's file at `output` with the changes in it; whole or not at all.
+
+    Zip, legacy and safetensors containers. Raises RefusedError, before anything is written, where a tensor
+    shares its memory with another name, is expanded, or has a type that cannot hold its new values."""
+    check_unshared(changes, checkpoint.list_references())
+    patches = [_patch(change) for change in changes]
+    source = Path(checkpoint.path)
+    if any(isinstance(patch.storage, DeflatedStorage) for patch in patches):
+        with replacing(output) as temporary:
+            _rewrite_zip(source, temporary, patches)
+        return
+    with replacing(output) as temporary:
+        shutil.copyfile(source, temporary)
+        with temporary.open("rb+") as file:
+            for patch in patches:
+                assert isinstance(patch.storage, FileStorage)
+                file.seek(patch.storage.offset + patch.offset)
+                file.write(patch.data)
+            if checkpoint.container is Container.ZIP:
+                _mend_checksums(file, source, {patch.storage.name for patch in patches})
+
+
+def check_unshared(changes: Iterable[Change], references: Iterable[Reference]) -> None:
+    """Raise RefusedError where a change would show under another name too, or the tensor repeats elements."""
+    by_storage: dict[Any, list[Reference]] = {}
+    for reference in references:
+        if isinstance(reference.array, StoredArray):
+            by_storage.setdefault(reference.array.storage.identity, []).append(reference)
+    for change in changes:
+        array, own = change.array, f"{change.layer.name}.{change.field}"
+        if change.layer.aliases:
+            raise RefusedError(
+                f"{change.layer.name}: the same layer is stored as {', '.join(change.layer.aliases)} as well",
+                "A shared layer sees several distributions; give each place its own layer first.",
+            )
+        if not isinstance(array, StoredArray) or not array.is_contiguous:
+            raise RefusedError(
+                f"{own}: its elements are expanded or strided, so one value cannot be changed alone",
+                "Save the model again with contiguous tensors (tensor.clone()).",
+            )
+        begin = array.offset * array.item_size
+        for other in by_storage.get(array.storage.identity, ()):
+            assert isinstance(other.array, StoredArray)
+            first, last = _extent(other.array)
+            if other.array is not array and first < begin + array.nbytes and begin < last:
+                name = other.name or "training state (an optimizer or an average)"
+                raise RefusedError(
+                    f"{own}: shares its memory with {name}",
+                    "Save the model again with tensors of their own (tensor.clone()).",
+                )
+
+
+def _extent(array: StoredArray) -> tuple[int, int]:
+    """First byte and the byte behind the last, within the storage."""
+    reach = sum((n - 1) * step for n, step in zip(array.shape, array.element_strides, strict=True))
+    begin = array.offset * array.item_size
+    return begin, begin + (reach + 1) * array.item_size if array.size else begin
+
+
+def encode_checked(change: Change) -> bytes:
+    """The new values in the tensor's own type. Raises RefusedError where it cannot hold them."""
+    array = change.array
+    big_endian = isinstance(array, StoredArray) and array.big_endian
+    data = encode(change.values, array.dtype, big_endian)
+    if array.dtype in FLOAT_TYPES and not np.isfinite(decode(data, array.dtype, big_endian)).all():
+        raise RefusedError(
+            f"{change.layer.name}.{change.field}: {array.dtype} cannot hold {np.abs(change.values).max():.3g}",
+            "Save the model in float32 first.",
+        )
+    return data
+
+
+def _patch(change: Change) -> _Patch:
+    array = change.array
+    assert isinstance(array, StoredArray)
+    storage = array.storage
+    assert isinstance(storage, (FileStorage, DeflatedStorage))
+    return _Patch(storage, array.offset * array.item_size, encode_checked(change))
+
+
+# zip
+
+
+def _mend_checksums(file: BinaryIO, source: Path, names: set[str]) -> None:
+    """Give the changed records their new CRC-32 in the local header (or data descriptor) and the directory."""
+    with Source(source) as original:
+        records = ZipRecords(original)
+        checksums = {}
+        for name in names:
+            info = records.infos[name]
+            begin = records.data_offset(info)
+            checksum = _checksum(file, begin, info.file_size)
+            checksums[name] = checksum
+            raw = struct.pack("<I", checksum)
+            if info.flag_bits & 0x08:
+                _mend_descriptor(file, begin + info.compress_size, info.CRC, raw)
+            else:
+                file.seek(info.header_offset + 14)
+                file.write(raw)
+    for entry, name in directory_entries(file):
+        if name in checksums:
+            file.seek(entry + 16)
+            file.write(struct.pack("<I", checksums[name]))
+
+
+def _checksum(file: BinaryIO, begin: int, count: int) -> int:
+    checksum = 0
+    file.seek(begin)
+    while count:
+        part = file.read(min(count, CHUNK))
+        checksum = zlib.crc32(part, checksum)
+        count -= len(part)
+    return checksum
+
+
+def _mend_descriptor(file: BinaryIO, place: int, old: int, new: bytes) -> None:
+    """A record written as a stream has its checksum behind its data, after an optional signature."""
+    file.seek(place)
+    head = file.read(8)
+    for offset in (4, 0) if head[:4] == b"PK\x07\x08" else (0,):
+        if head[offset : offset + 4] == struct.pack("<I", old):
+            file.seek(place + offset)
+            file.write(new)
+            return
+    raise RefusedError("a zip record has no readable data descriptor", "Save the model again with torch.save.")
+
+
+def directory_entries(file: BinaryIO) -> list[tuple[int, str]]:
+    """Offset in the file and record name of each entry of the central directory, in order."""
+    file.seek(0)
+    with zipfile.ZipFile(file) as archive:
+        start = archive.start_dir
+        infos = archive.infolist()
+    entries = []
+    for info in infos:
+        file.seek(start)
+        header = CENTRAL_HEADER.unpack(file.read(CENTRAL_HEADER.size))
+        entries.append((start, info.filename))
+        start += CENTRAL_HEADER.size + sum(header[10:13])
+    return entries
+
+
+def _rewrite_zip(source: Path, target: Path, patches: Sequence[_Patch]) -> None:
+    """Write the container anew: changed records deflated again, all others copied as they stand."""
+    changed: dict[str, list[_Patch]] = {}
+    for patch in patches:
+        changed.setdefault(patch.storage.name, []).append(patch)
+    with Source(source) as original, target.open("wb") as file:
+        records = ZipRecords(original)
+        infos = list(records.infos.values())
+        if original.size >= FAR_PAST_ZIP32:
+            raise RefusedError(
+                f"{source}: a compressed zip beyond 4 GB cannot be rewritten", "Save it again with torch.save."
+            )
+        places, sizes = {}, {}
+        ends = _record_ends(original, infos)
+        for info in sorted(infos, key=lambda info: info.header_offset):
+            places[info.filename] = file.tell()
+            if info.filename in changed:
+                sizes[info.filename] = _write_record(file, records, info, changed[info.filename])
+            else:
+                _copy(original, file, info.header_offset, ends[info.filename])
+        _write_directory(file, original, places, sizes)
+
+
+def _record_ends(source: Source, infos: Sequence[zipfile.ZipInfo]) -> dict[str, int]:
+    """Where each record with all that belongs to it ends: at the next one, or at the directory."""
+    with zipfile.ZipFile(source.stream()) as archive:
+        directory = archive.start_dir
+    ordered = sorted(infos, key=lambda info: info.header_offset)
+    starts = [info.header_offset for info in ordered[1:]] + [directory]
+    return {info.filename: end for info, end in zip(ordered, starts, strict=True)}
+
+
+def _copy(source: Source, file: BinaryIO, begin: int, end: int) -> None:
+    while begin < end:
+        count = min(CHUNK, end - begin)
+        file.write(source.read_at(begin, count))
+        begin += count
+
+
+def _write_record(
+    file: BinaryIO, records: ZipRecords, info: zipfile.ZipInfo, patches: Sequence[_Patch]
+) -> tuple[int, int, int]:
+    """One changed record with a header of its own. Gives its checksum, packed size and size."""
+    content = bytearray(records.read(info.filename))
+    for patch in patches:
+        content[patch.offset : patch.offset + len(patch.data)] = patch.data
+    checksum = zlib.crc32(content)
+    packed = bytes(content)
+    if info.compress_type == zipfile.ZIP_DEFLATED:
+        machine = zlib.compressobj(wbits=-15)
+        packed = machine.compress(packed) + machine.flush()
+    source = records.source
+    old = LOCAL_HEADER.unpack(source.read_at(info.header_offset, LOCAL_HEADER.size))
+    name = source.read_at(info.header_offset + LOCAL_HEADER.size, old[-2])
+    header = LOCAL_HEADER.pack(
+        old[0], old[1], old[2] & ~0x08, *old[3:6], checksum, len(packed), len(content), len(name), 0
+    )
+    file.write(header + name + packed)
+    return checksum, len(packed), len(content)
+
+
+def _write_directory(
+    file: BinaryIO, source: Source, places: Mapping[str, int], sizes: Mapping[str, tuple[int, int, int]]
+) -> None:
+    stream = source.stream()
+    entries = directory_entries(stream)  # type: ignore[arg-type]
+    begin = file.tell()
+    for place, name in entries:
+        header = list(CENTRAL_HEADER.unpack(source.read_at(place, CENTRAL_HEADER.size)))
+        tail = source.read_at(place + CENTRAL_HEADER.size, sum(header[10:13]))
+        if name in sizes:
+            header[3] &= ~0x08
+            header[7:10] = sizes[name]
+        header[16] = places[name]
+        file.write(CENTRAL_HEADER.pack(*header) + tail)
+    size = file.tell() - begin
+    count = len(entries)
+    file.write(END_RECORD.pack(b"PK\x05\x06", 0, 0, count, count, size, begin, 0))

@@ -1,0 +1,291 @@
+"""The report for people: findings worst first, then a table of layers. Reads well at 80 columns without colour."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TextIO
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from normdoctor.findings import Finding, Report, Severity, Skip
+from normdoctor.layers import NormKind, NormLayer, Vector
+from normdoctor.reports.text import printable
+
+STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.INFO: "bold cyan"}
+INDENT = 9
+LAYERS_SHOWN = 10
+BARS = "▁▂▃▄▅▆▇█"
+PLAIN_BARS = "_.-=oO0@"
+BINS = 5
+MIN_NAME = 12
+
+SHORT_KINDS = {
+    NormKind.BATCH: "BN",
+    NormKind.INSTANCE: "IN",
+    NormKind.LAYER: "LN",
+    NormKind.GROUP: "GN",
+    NormKind.RMS: "RMS",
+    NormKind.LAYER_OR_GROUP: "LN/GN",
+    NormKind.LAYER_OR_RMS: "LN/RMS",
+    NormKind.EVO: "Evo",
+    NormKind.FILTER_RESPONSE: "FRN",
+    NormKind.DYNAMIC_TANH: "DyT",
+    NormKind.AFFINE: "affine",
+}
+
+
+def render(
+    reports: Sequence[Report], stream: TextIO, *, every_layer: bool = False, verbose: bool = False
+) -> None:
+    """Write the reports to `stream`, coloured only where it is a terminal (NO_COLOR and COLUMNS are honoured)."""
+    console = Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    for place, report in enumerate(reports):
+        if place:
+            console.print()
+        _Page(console, report, every_layer, verbose).write()
+
+
+class _Page:
+    """One file's part of the output."""
+
+    def __init__(self, console: Console, report: Report, every_layer: bool, verbose: bool) -> None:
+        self.console = console
+        self.report = report
+        self.every_layer = every_layer
+        self.verbose = verbose
+        encoding = getattr(console.file, "encoding", None) or "utf-8"
+        try:
+            BARS.encode(encoding)
+            self.bars, self.ellipsis = BARS, "…"
+        except (UnicodeEncodeError, LookupError):
+            self.bars, self.ellipsis = PLAIN_BARS, "..."
+
+    def write(self) -> None:
+        self._header()
+        for group in grouped(self.report.findings):
+            self._finding(group)
+        if self.report.layers:
+            self._table()
+        if self.verbose:
+            self._details()
+        self._last_line()
+
+    def _line(self, text: Text | str = "") -> None:
+        self.console.print(text)
+
+    def _paragraph(self, words: str, indent: int) -> None:
+        pad = " " * indent
+        for line in textwrap.wrap(
+            printable(words),
+            max(40, self.console.width),
+            initial_indent=pad,
+            subsequent_indent=pad,
+            break_long_words=False,
+            break_on_hyphens=False,
+        ):
+            self._line(line)
+
+    def _header(self) -> None:
+        report = self.report
+        self._line(Text(printable(report.path), style="bold"))
+        channels = sum(layer.channels for layer in report.layers)
+        parts = [report.format, kinds_in_words(report.layers)]
+        if channels:
+            parts.append(f"{channels:,} channels")
+        if report.bytes_total is not None:
+            parts.append(f"read {size(report.bytes_read)} of {size(report.bytes_total)}")
+        self._paragraph("   ".join(parts), 2)
+        for note in report.notes:
+            self._paragraph(f"note: {note}", 2)
+        self._line()
+
+    def _finding(self, group: Sequence[Finding]) -> None:
+        worst = group[0]
+        head = Text()
+        head.append(f"{worst.severity.name:<7}", style=STYLES[worst.severity])
+        head.append(f"  {worst.code} {worst.name}", style="bold")
+        head.append(f"   {printable(about(group))}")
+        self._line(head)
+        self._paragraph(worst.message, INDENT)
+        if worst.severity > Severity.INFO:
+            self._paragraph(worst.rule.why, INDENT)
+            self._fix(worst.fix)
+        self._line()
+
+    def _fix(self, fix: str) -> None:
+        """A command stays on one line however long, so that it can be copied."""
+        if fix.startswith("normdoctor "):
+            self._line(Text(" " * INDENT + "fix: ").append(printable(fix), style="green"))
+        else:
+            self._paragraph(f"fix: {fix}", INDENT)
+
+    def _table(self) -> None:
+        report = self.report
+        ranked = sorted(
+            range(len(report.layers)), key=lambda place: (-self._worst(report.layers[place]), place)
+        )
+        shown = ranked if self.every_layer else ranked[:LAYERS_SHOWN]
+        layers = [report.layers[place] for place in shown]
+        columns = [
+            ("layer", "left", [printable(layer.name) for layer in layers]),
+            ("kind", "left", [short_kind(layer) for layer in layers]),
+            ("C", "right", [str(layer.channels) for layer in layers]),
+            ("weight", "left", [self._spread(_weight(layer)) for layer in layers]),
+            ("running_var", "left", [self._spread(layer.numbers.var) for layer in layers]),
+            ("updates", "right", [_updates(layer) for layer in layers]),
+            ("findings", "left", [self._codes(layer) for layer in layers]),
+        ]
+        columns = [column for column in columns if column[0] in ("layer", "findings") or any(column[2])]
+        gap = 2
+        others = sum(max(len(cell) for cell in (title, *cells)) + gap for title, _, cells in columns[1:])
+        room = max(MIN_NAME, self.console.width - others)
+        table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), collapse_padding=True, header_style="bold")
+        for title, side, _ in columns:
+            table.add_column(title, justify="right" if side == "right" else "left", no_wrap=title != "findings")
+        for row in zip(*(cells for _, _, cells in columns), strict=True):
+            table.add_row(Text(self._shortened(row[0], room)), *(Text(cell) for cell in row[1:]))
+        self.console.print(table, soft_wrap=False)
+        hidden = len(report.layers) - len(layers)
+        if hidden:
+            self._line(f"{self.ellipsis} {plural(hidden, 'more layer')} (--all)")
+        self._line()
+
+    def _codes(self, layer: NormLayer) -> str:
+        return " ".join(sorted({f.code for f in self.report.findings if f.layer == layer.name}))
+
+    def _worst(self, layer: NormLayer) -> int:
+        return max((f.severity for f in self.report.findings if f.layer == layer.name), default=0)
+
+    def _spread(self, values: Vector | None) -> str:
+        """Smallest and largest value with the histogram between them: 0.02 ▁▂▇▅▁ 1.4"""
+        if values is None:
+            return ""
+        finite = values[np.isfinite(values)]
+        if not finite.size:
+            return "not finite"
+        low, high = float(finite.min()), float(finite.max())
+        mark = "" if finite.size == values.size else "!"
+        if low == high:
+            return f"{short(low)}{mark}"
+        counts, _ = np.histogram(finite / max(abs(low), abs(high)), bins=BINS)
+        levels = np.ceil(counts / counts.max() * (len(self.bars) - 1)).astype(int)
+        return f"{short(low)} {''.join(self.bars[level] for level in levels)} {short(high)}{mark}"
+
+    def _shortened(self, name: str, room: int) -> str:
+        """The end of a path tells layers apart, so the beginning gives way."""
+        return name if len(name) <= room else self.ellipsis + name[-(room - len(self.ellipsis)) :]
+
+    def _details(self) -> None:
+        for layer in self.report.layers:
+            if layer.aliases:
+                self._paragraph(f"tied: {layer.name} is also {', '.join(layer.aliases)}", 2)
+        for miss in self.report.near_misses:
+            self._paragraph(f"not a norm: {miss.name or '(top level)'} {list(miss.shape)}: {miss.reason}", 2)
+        for skip in self.report.skips:
+            where = skip.layer or "every layer"
+            self._paragraph(
+                f"skipped: {skip.code} {skip.rule.name} on {where}: the file does not say {', '.join(skip.missing)}",
+                2,
+            )
+        if self.report.near_misses or self.report.skips:
+            self._line()
+
+    def _last_line(self) -> None:
+        report = self.report
+        if not report.layers:
+            line = "No norm layers found."
+            if report.near_misses and not self.verbose:
+                line += f" {plural(len(report.near_misses), 'tensor')} looked like one: --verbose lists them."
+            self._paragraph(line, 0)
+            return
+        counts = Counter(group[0].severity for group in grouped(report.findings))
+        words = ", ".join(
+            plural(counts[level], str(level)) for level in sorted(Severity, reverse=True) if counts[level]
+        )
+        line = f"{plural(len(report.layers), 'layer')}: {words or 'nothing found'}"
+        if report.skips:
+            line += f"; {skips_in_words(report.skips)}"
+        self._paragraph(line, 0)
+
+
+def _weight(layer: NormLayer) -> Vector | None:
+    return layer.numbers.gain if layer.weight is not None else None
+
+
+def _updates(layer: NormLayer) -> str:
+    return "" if layer.numbers.updates is None else f"{layer.numbers.updates:,.12g}"
+
+
+def grouped(findings: Iterable[Finding]) -> Iterator[list[Finding]]:
+    """Findings of one rule together, worst first within a rule and among rules."""
+    by_code: dict[str, list[Finding]] = {}
+    for finding in findings:
+        by_code.setdefault(finding.code, []).append(finding)
+    groups = [sorted(group, key=lambda f: (-f.severity, -f.rank)) for group in by_code.values()]
+    yield from sorted(groups, key=lambda group: (-group[0].severity, group[0].code))
+
+
+def about(group: Sequence[Finding]) -> str:
+    """Which layers a group of findings is about, worst first."""
+    layers = [finding.layer for finding in group if finding.layer is not None]
+    if not layers:
+        return ""
+    if len(layers) == 1:
+        return layers[0]
+    if len(layers) == 2:
+        return f"{layers[0]}, {layers[1]}"
+    counts = Counter(finding.severity for finding in group)
+    levels = ""
+    if len(counts) > 1:
+        levels = f" ({', '.join(f'{counts[level]} {level}' for level in sorted(counts, reverse=True))})"
+    return f"{len(layers)} layers{levels}, worst {layers[0]}"
+
+
+def kinds_in_words(layers: Sequence[NormLayer]) -> str:
+    counts = Counter(layer.kind.value for layer in layers)
+    return ", ".join(f"{count} {kind}" for kind, count in counts.most_common()) or "no norm layers"
+
+
+def skips_in_words(skips: Sequence[Skip]) -> str:
+    """How many rules were skipped, for want of what."""
+    rules = {skip.code for skip in skips}
+    missing = list(dict.fromkeys(name for skip in skips for name in skip.missing))
+    return f"{plural(len(rules), 'check')} skipped (the file does not say {', '.join(missing)})"
+
+
+def short_kind(layer: NormLayer) -> str:
+    """BN2d, LN, IN1d: the dimension only where the class names it."""
+    name = (layer.origin or "").rpartition(".")[2]
+    kind = SHORT_KINDS[layer.kind]
+    return kind + name[-2:] if name[-2:] in ("1d", "2d", "3d") else kind
+
+
+def short(value: float) -> str:
+    """At most six characters: 0.02, 1.4, 312, 5e-45."""
+    if value == 0:
+        return "0"
+    if 0.001 <= abs(value) < 10000:
+        return f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
+    mantissa, _, exponent = f"{value:.0e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units: 76 KB, 44.8 MB."""
+    if count < 1000:
+        return f"{count} B"
+    amount = float(count)
+    for unit in ("KB", "MB", "GB", "TB"):
+        amount /= 1000
+        if amount < 1000 or unit == "TB":
+            break
+    return f"{amount:.1f} {unit}" if amount < 100 and unit != "KB" else f"{amount:.0f} {unit}"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 or noun == "info" else "s")

@@ -1,0 +1,141 @@
+"""The JSON report: a published shape of its own, strict JSON, the same order every time.
+
+The shape is frozen for each SCHEMA_VERSION; fields may be added within a version, none changes or goes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from normdoctor.findings import Finding, Report, Severity, Skip
+from normdoctor.layers import NormLayer
+
+SCHEMA_VERSION = 1
+
+
+def render(reports: Sequence[Report], failed: Sequence[Mapping[str, str]] = ()) -> str:
+    """All reports as one JSON document. failed: path, message and hint of each file that was not examined."""
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "files": [_file(report) for report in reports],
+        "failed": [dict(entry) for entry in failed],
+        "summary": _summary(reports, failed),
+    }
+    return json.dumps(plain(document), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _file(report: Report) -> dict[str, Any]:
+    return {
+        "path": report.path,
+        "format": report.format,
+        "bytes_read": report.bytes_read,
+        "bytes_total": report.bytes_total,
+        "layers": [_layer(layer) for layer in report.layers],
+        "findings": [_finding(finding) for finding in report.findings],
+        "skips": [_skip(skip) for skip in report.skips],
+        "notes": list(report.notes),
+        "near_misses": [
+            {"name": miss.name, "shape": list(miss.shape), "reason": miss.reason} for miss in report.near_misses
+        ],
+    }
+
+
+def _layer(layer: NormLayer) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "kind": layer.kind.value,
+        "origin": layer.origin,
+        "channels": layer.channels,
+        "groups": layer.groups,
+        "eps": layer.eps,
+        "momentum": layer.momentum,
+        "training": layer.training,
+        "affine": layer.affine,
+        "track_running_stats": layer.track_running_stats,
+        "zero_centred": layer.zero_centred,
+        "num_batches_tracked": _count(layer.numbers.updates),
+        "aliases": list(layer.aliases),
+        "stats": {
+            name: _stats(array)
+            for name, array in (
+                ("weight", layer.numbers.gain if layer.weight is not None else None),
+                ("bias", layer.numbers.shift if layer.bias is not None else None),
+                ("running_mean", layer.numbers.mean),
+                ("running_var", layer.numbers.var),
+            )
+            if array is not None
+        },
+        "dtypes": {
+            name: ref.dtype
+            for name in ("weight", "bias", "running_mean", "running_var", "alpha")
+            if (ref := getattr(layer, name)) is not None
+        },
+    }
+
+
+def _count(updates: float | None) -> float | int | None:
+    return int(updates) if updates is not None and updates.is_integer() else updates
+
+
+def _stats(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, Any]:
+    """Extremes, median and mean of the finite values, and how many are not finite."""
+    finite = values[np.isfinite(values)]
+    stats: dict[str, Any] = {"nonfinite": int(values.size - finite.size)}
+    if finite.size:
+        stats |= {
+            "min": float(finite.min()),
+            "median": float(np.median(finite)),
+            "mean": float(finite.mean()),
+            "max": float(finite.max()),
+        }
+    return stats
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    return {
+        "code": finding.code,
+        "name": finding.name,
+        "severity": str(finding.severity),
+        "confidence": str(finding.confidence),
+        "evidence_level": finding.evidence_level.value,
+        "layer": finding.layer,
+        "channels": list(finding.channels),
+        "message": finding.message,
+        "evidence": dict(finding.evidence),
+        "assumed": dict(finding.assumed),
+        "fix": finding.fix,
+    }
+
+
+def _skip(skip: Skip) -> dict[str, Any]:
+    return {"code": skip.code, "layer": skip.layer, "missing": list(skip.missing)}
+
+
+def _summary(reports: Sequence[Report], failed: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    findings = [finding for report in reports for finding in report.findings]
+    return {
+        "files": len(reports),
+        "failed": len(failed),
+        "layers": sum(len(report.layers) for report in reports),
+        **{str(level): sum(f.severity is level for f in findings) for level in sorted(Severity, reverse=True)},
+        "skips": sum(len(report.skips) for report in reports),
+    }
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON's own types. NaN and infinities, which JSON lacks, become the strings "nan", "inf"."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset, range, np.ndarray)):
+        return [plain(inner) for inner in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, str):  # lone surrogates from a pickle are no valid UTF-8
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    return value

@@ -1,0 +1,65 @@
+"""The rules as a table, as JSON and as single explanations: all taken from the rules themselves."""
+
+from __future__ import annotations
+
+import json
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from normdoctor.findings import Rule
+from normdoctor.rules import RULES
+
+
+def write_table(stream: TextIO) -> None:
+    console = Console(file=stream, highlight=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
+    for title in ("code", "name", "severity", "what it says"):
+        table.add_column(title, no_wrap=title != "what it says")
+    for rule in RULES:
+        table.add_row(rule.code, rule.name, str(rule.severity), Text(rule.title))
+    console.print(table)
+    console.print("\nnormdoctor explain CODE says more about each.", markup=False)
+
+
+def as_json() -> str:
+    entries = [
+        {
+            "code": rule.code,
+            "name": rule.name,
+            "severity": str(rule.severity),
+            "confidence": str(rule.confidence),
+            "evidence_level": rule.evidence_level.value,
+            "kinds": sorted(kind.value for kind in rule.kinds),
+            "needs": list(rule.needs),
+            "thresholds": dict(rule.limits),
+            "title": rule.title,
+            "why": rule.why,
+            "fix": rule.fix,
+            "reference": rule.reference,
+            "documentation": rule.documentation,
+        }
+        for rule in RULES
+    ]
+    return json.dumps({"schema_version": 1, "rules": entries}, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_explanation(rule: Rule, stream: TextIO) -> None:
+    console = Console(file=stream, highlight=False, markup=False)
+    console.print(Text(f"{rule.code} {rule.name}", style="bold"))
+    console.print(
+        f"{rule.severity}, confidence {rule.confidence}, needs {rule.evidence_level.value}"
+        + (f" ({', '.join(rule.needs)})" if rule.needs else "")
+    )
+    console.print()
+    for paragraph in rule.documentation.split("\n\n"):
+        console.print(" ".join(paragraph.split()))
+        console.print()
+    console.print(f"Why: {rule.why}")
+    console.print(f"Fix: {rule.fix.replace('{path}', 'model.pt').replace('{fixed}', 'fixed.pt')}")
+    if rule.limits:
+        shown = ", ".join(f"{name} {value:g}" for name, value in rule.limits.items())
+        console.print(f"Thresholds: {shown}  (--threshold {rule.code}.NAME=VALUE)")
+    console.print(f"Source: {rule.reference}", soft_wrap=True)

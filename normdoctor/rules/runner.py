@@ -1,0 +1,241 @@
+"""The one runner: a Checkpoint and a selection of rules → a Report.
+
+Skips, assumptions, the cap on assumed findings and the placeholders of a fix are dealt with here, so that a
+check is only ever called with what it needs and says only what it sees.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from normdoctor.findings import (
+    ASSUMABLE_FIELDS,
+    Context,
+    Finding,
+    Observation,
+    Precision,
+    Report,
+    Rule,
+    Scope,
+    Severity,
+    Skip,
+)
+from normdoctor.layers import (
+    DEFAULT_EPS,
+    DEFAULT_MOMENTUM,
+    TRACKING_KINDS,
+    VECTORS,
+    Checkpoint,
+    Model,
+    NormLayer,
+)
+
+DEFAULTS = {"eps": DEFAULT_EPS, "momentum": DEFAULT_MOMENTUM}
+
+# A field that is absent because the file says there is none is not a gap in our knowledge.
+DECLARED_ABSENT: Mapping[str, Callable[[NormLayer], bool]] = {
+    "weight": lambda layer: layer.affine is False,
+    "bias": lambda layer: layer.affine is False,
+    "running_mean": lambda layer: layer.track_running_stats is False,
+    "running_var": lambda layer: layer.track_running_stats is False,
+    "num_batches_tracked": lambda layer: layer.track_running_stats is False,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to examine. eps and momentum fill what the file does not say and are then no assumption."""
+
+    eps: float | None = None
+    momentum: float | None = None
+    assume: bool = True
+    precision: Precision | None = None
+    limits: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Thresholds by rule code and name, where they differ from the rule's own."""
+
+
+def examine(
+    checkpoint: Checkpoint,
+    rules: Iterable[Rule],
+    settings: Settings | None = None,
+    wanted: Callable[[NormLayer], bool] = lambda layer: True,
+) -> Report:
+    """Apply every rule to every layer of `checkpoint` that is `wanted`.
+
+    Rules that compare layers still see the unwanted siblings; only what they say about them is dropped."""
+    settings = settings or Settings()
+    models = [_with_given(model, settings) for model in checkpoint.models]
+    shown = {layer.name for model in models for layer in model.layers if wanted(layer)}
+    findings: list[Finding] = []
+    skips: list[Skip] = []
+    for rule in rules:
+        run = _Run(rule, checkpoint, settings)
+        if rule.scope is Scope.FILE:
+            run.on_file()
+        else:
+            for model in models:
+                run.on_model(model)
+        findings += [f for f in run.findings if f.layer is None or f.layer in shown]
+        skips += run.skips_of(shown)
+    layers = tuple(layer for model in models for layer in model.layers if layer.name in shown)
+    for layer in layers:
+        layer.numbers.load()
+    findings.sort(key=lambda f: (-f.severity, f.code, f.layer is not None, -f.rank))
+    return Report(
+        path=checkpoint.path,
+        format=checkpoint.format,
+        layers=layers,
+        findings=tuple(findings),
+        skips=tuple(skips),
+        notes=checkpoint.notes,
+        near_misses=tuple(miss for model in models for miss in model.near_misses),
+        bytes_read=checkpoint.count_bytes_read(),
+        bytes_total=checkpoint.bytes_total,
+    )
+
+
+class _Run:
+    """One rule going over one file."""
+
+    def __init__(self, rule: Rule, checkpoint: Checkpoint, settings: Settings) -> None:
+        self.rule = rule
+        self.checkpoint = checkpoint
+        self.settings = settings
+        self.limits = {**rule.limits, **settings.limits.get(rule.code, {})}
+        self.findings: list[Finding] = []
+        self._vectors = set(rule.needs).intersection(VECTORS)
+        self._missing: dict[str, tuple[str, ...]] = {}
+        self._applied = False
+
+    def on_file(self) -> None:
+        self._applied = True
+        empty = Model(key=None, layers=())
+        for observation in self.rule.check(self.checkpoint, self._context(empty)):
+            self._record(observation, None, {})
+
+    def on_model(self, model: Model) -> None:
+        if model.untrained and not self.rule.even_untrained:
+            return
+        ready: list[tuple[NormLayer, dict[str, float]]] = []
+        for layer in model.layers:
+            missing = self._gaps(layer)
+            if missing is None:
+                continue
+            if self._vectors and len(set(layer.lengths.values())) > 1:
+                missing = (*missing, "equal lengths")  # C311 says it; nobody else can calculate with them
+            assumed = {}
+            if self.rule.assumes and self.settings.assume:
+                assumed = {name: DEFAULTS[name] for name in missing if name in ASSUMABLE_FIELDS}
+                missing = tuple(name for name in missing if name not in assumed)
+            if missing:
+                self._missing[layer.name] = missing
+                continue
+            ready.append((_filled(layer, assumed), assumed))
+        if not ready:
+            return
+        self._applied = True
+        context = self._context(model)
+        if self.rule.scope is Scope.LAYER:
+            for layer, assumed in ready:
+                for observation in self.rule.check(layer, context):
+                    self._record(observation, layer, assumed)
+        else:
+            everything = {name: value for _, assumed in ready for name, value in assumed.items()}
+            by_name = {layer.name: assumed for layer, assumed in ready}
+            for observation in self.rule.check(tuple(layer for layer, _ in ready), context):
+                about = observation.layer
+                self._record(observation, about, by_name.get(about.name, {}) if about else everything)
+
+    def _gaps(self, layer: NormLayer) -> tuple[str, ...] | None:
+        """The needed fields the file does not say; None where the rule is not about such a layer at all."""
+        if layer.kind not in self.rule.kinds:
+            return None
+        missing = tuple(name for name in self.rule.needs if getattr(layer, name) is None)
+        for name in missing:
+            if name in DECLARED_ABSENT and (DECLARED_ABSENT[name](layer) or _never_has(name, layer)):
+                return None
+        return missing
+
+    def _context(self, model: Model) -> Context:
+        return Context(model=model, limits=self.limits, precision=self.settings.precision)
+
+    def _record(self, seen: Observation, layer: NormLayer | None, assumed: Mapping[str, float]) -> None:
+        rule = self.rule
+        severity = rule.severity if seen.severity is None else seen.severity
+        message = seen.message
+        if assumed:
+            severity = min(severity, Severity.WARNING)
+            values = " and ".join(f"{name} {value:g}" for name, value in assumed.items())
+            options = " ".join(f"--{name}" for name in assumed)
+            message += f" Assumes torch's default {values}; {options} replaces it."
+        evidence = dict(seen.evidence)
+        if self.limits:
+            evidence["limits"] = dict(self.limits)
+        self.findings.append(
+            Finding(
+                rule=rule,
+                severity=severity,
+                confidence=rule.confidence if seen.confidence is None else seen.confidence,
+                evidence_level=rule.evidence_level,
+                layer=layer.name if layer else None,
+                channels=tuple(int(channel) for channel in seen.channels),
+                message=message,
+                evidence=evidence,
+                assumed=dict(assumed),
+                fix=fill_in(rule.fix if seen.fix is None else seen.fix, self.checkpoint.path),
+                rank=seen.rank,
+            )
+        )
+
+    def skips_of(self, shown: set[str]) -> Iterator[Skip]:
+        """One Skip for the file where the rule came to no layer at all, else one for each layer."""
+        missing = {name: fields for name, fields in self._missing.items() if name in shown}
+        if not missing:
+            return
+        if not self._applied:
+            fields = tuple(dict.fromkeys(name for names in missing.values() for name in names))
+            yield Skip(rule=self.rule, layer=None, missing=fields)
+        else:
+            for name, names in missing.items():
+                yield Skip(rule=self.rule, layer=name, missing=names)
+
+
+def _never_has(name: str, layer: NormLayer) -> bool:
+    """Kinds that have no such tensor by definition lack nothing when it is not there."""
+    if name == "bias":
+        return layer.weight is not None
+    if name.startswith("running_") or name == "num_batches_tracked":
+        return layer.kind not in TRACKING_KINDS
+    return False
+
+
+def _with_given(model: Model, settings: Settings) -> Model:
+    """The model with the user's eps and momentum wherever the file is silent."""
+    given = {
+        name: getattr(settings, name) for name in ASSUMABLE_FIELDS if getattr(settings, name) is not None
+    }
+    if not given:
+        return model
+    layers = tuple(
+        _filled(layer, {name: value for name, value in given.items() if getattr(layer, name) is None})
+        for layer in model.layers
+    )
+    return replace(model, layers=layers)
+
+
+def _filled(layer: NormLayer, values: Mapping[str, float]) -> NormLayer:
+    if not values:
+        return layer
+    filled = replace(layer, **values)  # type: ignore[arg-type]
+    filled.__dict__["numbers"] = layer.numbers  # the tensors are the same: keep what was read
+    return filled
+
+
+def fill_in(fix: str, path: str) -> str:
+    """Put the file's name into a fix: {path} as the shell wants it, {fixed} for a sensible output."""
+    source = Path(path)
+    fixed = source.with_name(f"{source.stem}.recalibrated{source.suffix}")
+    return fix.replace("{path}", shlex.quote(path)).replace("{fixed}", shlex.quote(str(fixed)))

@@ -1,0 +1,52 @@
+"""Files are written once and whole: beside the target under another name, flushed, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from normdoctor.errors import UsageError
+from normdoctor.readers.arrays import unreadable
+
+
+def check_output(output: Path, source: Path | None, overwrite: bool) -> None:
+    """Raise UsageError where writing `output` would touch the input or an existing file without a word for it."""
+    if source is not None and output.exists() and source.exists() and output.samefile(source):
+        raise UsageError(f"{output}: is the input itself, which is never overwritten", "Choose another -o.")
+    if output.is_dir():
+        raise UsageError(f"{output}: is a folder", "Give the name of a file with -o.")
+    if output.is_file() and not overwrite:
+        raise UsageError(f"{output}: exists already", "Choose another -o, or add --overwrite.")
+    if not output.parent.is_dir():
+        raise UsageError(f"{output.parent}: no such folder", "Create it first.")
+
+
+@contextmanager
+def replacing(output: Path) -> Iterator[Path]:
+    """A temporary path that becomes `output` when the block ends well and vanishes when it does not."""
+    try:
+        handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.", suffix=".part")
+    except OSError as error:
+        raise unreadable(output, error) from None
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        if output.exists() and not output.is_file():  # a device or a pipe: renaming would replace it
+            with temporary.open("rb") as source, output.open("wb") as target:
+                shutil.copyfileobj(source, target)
+            return
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # mkstemp gives 0600; the user expects an ordinary file
+        temporary.replace(output)
+    except OSError as error:
+        raise unreadable(output, error) from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,83 @@
+"""What many tests need: norm layers made of plain arrays, without a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from normdoctor.layers import NormKind, NormLayer
+
+TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "alpha")
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """An ArrayRef over values in memory; dtype may claim what numpy has no name for."""
+
+    array: np.ndarray
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.array.nbytes
+
+    @property
+    def identity(self) -> Hashable:
+        return id(self.array)
+
+    def numpy(self) -> np.ndarray:
+        return self.array
+
+
+def values(data: Any, dtype: str | None = None) -> Values:
+    array = np.asarray(data)
+    if dtype is None:
+        array = array.astype(np.int64 if array.dtype.kind in "iu" else np.float32)
+    return Values(array, dtype or str(array.dtype))
+
+
+def build_layer(**overrides: Any) -> NormLayer:
+    """A healthy, trained BatchNorm of 16 channels as a module pickle would give it, with `overrides`.
+
+    Tensors may be given as anything numpy takes; None removes one."""
+    kind = overrides.get("kind", NormKind.BATCH)
+    channels = overrides.pop("channels", 16)
+    spread = np.linspace(0.0, 1.0, channels)
+    fields: dict[str, Any] = {
+        "name": "layer1.0.bn1",
+        "kind": kind,
+        "channels": channels,
+        "weight": 0.6 + 0.8 * spread,
+        "bias": 0.3 - 0.5 * spread,
+        "eps": 1e-5,
+        "training": False,
+        "affine": True,
+    }
+    if kind in (NormKind.BATCH,):
+        fields |= {
+            "running_mean": 0.4 * np.cos(7.0 * spread),
+            "running_var": 0.3 + 1.7 * spread,
+            "num_batches_tracked": 5000,
+            "momentum": 0.1,
+            "track_running_stats": True,
+        }
+    fields |= overrides
+    fields.setdefault("path", fields["name"])
+    for name in TENSORS:
+        tensor = fields.get(name)
+        if tensor is not None and not isinstance(tensor, Values):
+            fields[name] = values(tensor)
+    return NormLayer(**fields)
+
+
+@pytest.fixture
+def make_layer() -> Callable[..., NormLayer]:
+    return build_layer
