@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,26 +30,26 @@ app = typer.Typer(
 )
 
 
-class InspectFormat(str, Enum):
+class InspectFormat(StrEnum):
     CONSOLE = "console"
     JSON = "json"
 
 
-class FailOn(str, Enum):
+class FailOn(StrEnum):
     ERROR = "error"
     WARNING = "warning"
     INFO = "info"
     NEVER = "never"
 
 
-class TargetPrecision(str, Enum):
+class TargetPrecision(StrEnum):
     FP16 = "fp16"
     BF16 = "bf16"
     INT8 = "int8"
 
 
-class Method(str, Enum):
-    DEBIAS: Literal["debias"] = "debias"
+class Method(StrEnum):
+    DEBIAS = "debias"
 
 
 def main() -> None:
@@ -101,9 +101,7 @@ def inspect(
     layer: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Only layers of this name; repeatable.")
     ] = None,
-    fail_on: Annotated[
-        FailOn, typer.Option(help="Exit with 1 from this severity upward.")
-    ] = FailOn.ERROR,
+    fail_on: Annotated[FailOn, typer.Option(help="Exit with 1 from this severity upward.")] = FailOn.ERROR,
     eps: Annotated[float | None, typer.Option(help="eps where the file does not say it.")] = None,
     momentum: Annotated[float | None, typer.Option(help="momentum where the file does not say it.")] = None,
     no_assume: Annotated[
@@ -153,12 +151,12 @@ def inspect(
             paths.append(str(path))
     if reports or output_format is InspectFormat.JSON:
         entries = [
-            {"path": path, "message": error.message, "hint": error.hint}
-            for path, error in zip(paths, failed, strict=True)
+            {"path": path, "message": failure.message, "hint": failure.hint}
+            for path, failure in zip(paths, failed, strict=True)
         ]
         write_reports(reports, entries, output_format, output, every_layer, verbose)
-    for error in failed:
-        complain(error)
+    for failure in failed:
+        complain(failure)
     raise typer.Exit(2 if failed else exit_code(reports, fail_on))
 
 
@@ -254,22 +252,16 @@ def explain(
 @app.command()
 def recalibrate(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint whose running statistics are off.")],
-    method: Annotated[
-        Method, typer.Option(help="debias: take the initial 0 and 1 out of the buffers; needs no data.")
-    ],
+    method: Annotated[Method, typer.Option(help="debias: take the initial 0 and 1 out of the buffers; needs no data.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The repaired file; FILE.recalibrated.EXT by default.")
     ] = None,
     momentum: Annotated[float | None, typer.Option(help="momentum where the file does not say it.")] = None,
-    updates: Annotated[
-        int | None, typer.Option(help="Training steps, where the file has no counter (ONNX).")
-    ] = None,
+    updates: Annotated[int | None, typer.Option(help="Training steps, where the file has no counter (ONNX).")] = None,
     layer: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Only layers of this name; repeatable.")
     ] = None,
-    keep_counters: Annotated[
-        bool, typer.Option("--keep-counters", help="Leave num_batches_tracked as it is.")
-    ] = False,
+    keep_counters: Annotated[bool, typer.Option("--keep-counters", help="Leave num_batches_tracked as it is.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
     """Repair running statistics into a copy of the file; the input is never touched."""
@@ -278,7 +270,7 @@ def recalibrate(
 
     result = repair(
         file,
-        method=method.value,
+        method="debias",
         output=output,
         momentum=momentum,
         updates=updates,

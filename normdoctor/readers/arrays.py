@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -268,15 +268,13 @@ class StoredArray:
             for axis, (length, stride) in enumerate(zip(self.shape, self.element_strides, strict=True))
         )
         size = self.item_size
-        raw = b"".join(
-            self.storage.read((self.offset + int(place)) * size, size) for place in np.ravel(places)
-        )
+        raw = b"".join(self.storage.read((self.offset + int(place)) * size, size) for place in np.ravel(places))
         return decode(raw, self.dtype, self.big_endian).reshape(self.shape)
 
 
 def decode(raw: bytes, dtype: str, big_endian: bool = False) -> NDArray[Any]:
     """Bytes as a flat array; bfloat16 and float8 become float32, which holds each of their values exactly."""
-    order = ">" if big_endian else "<"
+    order: Literal["<", ">"] = ">" if big_endian else "<"
     if dtype == "bfloat16":
         halves = np.frombuffer(raw, dtype=order + "u2").astype(np.uint32)
         return (halves << 16).view(np.float32)
@@ -294,7 +292,7 @@ def encode(values: NDArray[Any], dtype: str, big_endian: bool = False) -> bytes:
     """The inverse of `decode` for the types that buffers are stored in, rounding to nearest even.
 
     Raises InputError for a type nothing is written in (float8, complex)."""
-    order = ">" if big_endian else "<"
+    order: Literal["<", ">"] = ">" if big_endian else "<"
     if dtype == "bfloat16":
         bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -310,9 +308,7 @@ def _small_float_table(mantissa_bits: int, bias: int, nan_codes: tuple[int, ...]
     codes = np.arange(256)
     exponent = (codes & 0x7F) >> mantissa_bits
     mantissa = (codes & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
-    magnitude = np.where(
-        exponent == 0, np.ldexp(mantissa, 1 - bias), np.ldexp(1.0 + mantissa, exponent - bias)
-    )
+    magnitude = np.where(exponent == 0, np.ldexp(mantissa, 1 - bias), np.ldexp(1.0 + mantissa, exponent - bias))
     table = np.where(codes & 0x80, -magnitude, magnitude)
     table[list(nan_codes)] = np.nan
     return table.astype(np.float32)

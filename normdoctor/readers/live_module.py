@@ -63,9 +63,7 @@ class LiveArray:
     def _values(self) -> NDArray[Any]:
         tensor = self.tensor.detach()
         if tensor.is_meta:
-            raise InputError(
-                "a norm parameter is on the meta device and has no values", "Load the weights first."
-            )
+            raise InputError("a norm parameter is on the meta device and has no values", "Load the weights first.")
         tensor = tensor.cpu()
         if self.dtype.startswith(("bfloat", "float8")):
             tensor = tensor.float()
@@ -91,7 +89,7 @@ class LiveModule:
 
     @property
     def attributes(self) -> Mapping[str, Any]:
-        return vars(self.module)
+        return dict(vars(self.module))
 
     @cached_property
     def _own(self) -> dict[str, Any]:

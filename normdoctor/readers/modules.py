@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from normdoctor.layers import ArrayRef, Model, NearMiss, NormKind, NormLayer, Reference
 from normdoctor.readers.arrays import MAX_ELEMENTS
@@ -129,14 +129,12 @@ def _look_at(name: str, module: ModuleRecord, walk: _Walk) -> None:
 
 
 def _usable(role: str, ref: ArrayRef) -> bool:
-    return (
-        _size(ref) <= MAX_ELEMENTS and (role in ("num_batches_tracked", "alpha") or len(ref.shape) >= 1)
-    ) or (role in ("weight", "bias") and _size(ref) == 1)
+    return (_size(ref) <= MAX_ELEMENTS and (role in ("num_batches_tracked", "alpha") or len(ref.shape) >= 1)) or (
+        role in ("weight", "bias") and _size(ref) == 1
+    )
 
 
-def _layer(
-    name: str, module: ModuleRecord, kind: NormKind, channels: int, fields: dict[str, ArrayRef]
-) -> NormLayer:
+def _layer(name: str, module: ModuleRecord, kind: NormKind, channels: int, fields: dict[str, ArrayRef]) -> NormLayer:
     attributes, class_names = module.attributes, module.class_names
     origin = class_names[0]
     frozen = bool(FROZEN_CLASS.search(origin.rpartition(".")[2]))
@@ -158,7 +156,7 @@ def _layer(
         track_running_stats=tracks if isinstance(tracks, bool) else None,
         requires_grad=module.trainable,
         zero_centred_by_class=zero_centred_by_class(class_names, attributes),
-        **fields,
+        **cast(dict[str, Any], fields),
     )
 
 

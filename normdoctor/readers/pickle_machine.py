@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from normdoctor.errors import InputError
 
@@ -115,19 +115,17 @@ class PickleMachine:
                     return Pickled(self._pop(), self._calls)
                 handler = handlers.get(code)
                 if handler is None:
-                    if not code:
-                        self._fail("ends in the middle")
-                    self._fail(f"has the unknown opcode {code!r}")
+                    raise self._error(f"has the unknown opcode {code!r}" if code else "ends in the middle")
                 handler(self)
         except (IndexError, KeyError, TypeError, ValueError, struct.error, OverflowError) as error:
-            self._fail(f"is not well-formed ({type(error).__name__})", error)
+            raise self._error(f"is not well-formed ({type(error).__name__})") from error
         except EOFError as error:
-            self._fail("ends in the middle", error)
-        self._fail(f"has more than {MAX_OPCODES:,} operations")
+            raise self._error("ends in the middle") from error
+        raise self._error(f"has more than {MAX_OPCODES:,} operations")
 
-    def _fail(self, how: str, cause: Exception | None = None) -> NoReturn:
+    def _error(self, how: str) -> InputError:
         hint = "The file is truncated, damaged or not a checkpoint; copy or download it again."
-        raise InputError(f"{self._what} {how}", hint) from cause
+        return InputError(f"{self._what} {how}", hint)
 
     # stack and memo
 
@@ -353,7 +351,7 @@ def _persistent(m: PickleMachine, value: Any) -> None:
     m._push(value[1] if is_class and isinstance(value[1], Global) else PersistentId(value))
 
 
-_HANDLERS = {
+_HANDLERS: dict[bytes, Callable[[PickleMachine], Any]] = {
     b"(": lambda m: m._push(_MARK),
     b"0": _pop_opcode,
     b"1": lambda m: m._pop_mark(),

@@ -100,9 +100,7 @@ def _array(source: Source, name: str, entry: Any, start: int) -> StoredArray | N
         raise _damaged(source, f"{name} lies beyond the end of the file")
     if dtype not in DTYPES:
         return None
-    array = StoredArray(
-        FileStorage(name, source, start + begin, end - begin), DTYPES[dtype], tuple(shape)
-    )
+    array = StoredArray(FileStorage(name, source, start + begin, end - begin), DTYPES[dtype], tuple(shape))
     if array.nbytes != end - begin:
         raise _damaged(source, f"{name} has {end - begin:,} bytes for the shape {shape} of {dtype}")
     return array
@@ -113,5 +111,3 @@ def _damaged(source: Source, how: str) -> InputError:
         f"{source.path}: {how}",
         "The safetensors file is truncated or damaged; copy or download it again.",
     )
-
-

@@ -89,9 +89,7 @@ def _with_key(model: Model, key: str | None) -> Model:
     if key is None:
         return model
     layers = tuple(
-        replace(
-            layer, name=f"{key}:{layer.name}", aliases=tuple(f"{key}:{alias}" for alias in layer.aliases)
-        )
+        replace(layer, name=f"{key}:{layer.name}", aliases=tuple(f"{key}:{alias}" for alias in layer.aliases))
         for layer in model.layers
     )
     return replace(model, layers=layers)
@@ -133,9 +131,7 @@ def _search(root: object, reader: TensorReader) -> list[_Found]:
         mapping = _mapping(value)
         if mapping is None and isinstance(value, Call) and isinstance(value.state, dict):
             # An object with a model inside: an EMA wrapper, a trainer.
-            mapping = {
-                name: inner for name, inner in value.state.items() if _is_module(inner) or _mapping(inner)
-            }
+            mapping = {name: inner for name, inner in value.state.items() if _is_module(inner) or _mapping(inner)}
         if mapping is not None:
             if "param_groups" in mapping and "state" in mapping:
                 continue
@@ -154,11 +150,7 @@ def _search(root: object, reader: TensorReader) -> list[_Found]:
             stack += reversed(inner_values)
         elif isinstance(value, (list, tuple)):
             stack += reversed(
-                [
-                    ((*keys, str(place)), inner)
-                    for place, inner in enumerate(value)
-                    if isinstance(inner, (dict, Call))
-                ]
+                [((*keys, str(place)), inner) for place, inner in enumerate(value) if isinstance(inner, (dict, Call))]
             )
     return found
 

@@ -7,7 +7,6 @@ each key its element count as 8 bytes and its elements.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import struct
 import zipfile
@@ -46,7 +45,7 @@ def is_legacy(source: Source) -> bool:
     if head[:1] not in (b"\x80", b"L", b"\x8a"):
         return False
     try:
-        return PickleMachine(io.BytesIO(head), "magic number").run().value == LEGACY_MAGIC
+        return bool(PickleMachine(io.BytesIO(head), "magic number").run().value == LEGACY_MAGIC)
     except InputError:
         return False
 
@@ -70,7 +69,15 @@ class ZipRecords:
         try:
             with zipfile.ZipFile(source.stream()) as archive:
                 infos = archive.infolist()
-        except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError, EOFError, OverflowError) as error:
+        except (
+            zipfile.BadZipFile,
+            OSError,
+            ValueError,
+            struct.error,
+            NotImplementedError,
+            EOFError,
+            OverflowError,
+        ) as error:
             raise InputError(
                 f"{source.path}: the zip container is damaged ({error})",
                 "The file is truncated or was not written completely; copy or download it again.",
@@ -94,7 +101,7 @@ class ZipRecords:
     def data_offset(self, info: zipfile.ZipInfo) -> int:
         """Where the record's bytes begin."""
         header = LOCAL_HEADER.unpack(self.source.read_at(info.header_offset, LOCAL_HEADER.size))
-        name_length, extra_length = header[-2:]
+        name_length, extra_length = int(header[-2]), int(header[-1])
         name = self.source.read_at(info.header_offset + LOCAL_HEADER.size, name_length)
         if header[0] != b"PK\x03\x04" or name != info.orig_filename.encode(
             "utf-8" if info.flag_bits & 0x800 else "cp437", "replace"
@@ -106,9 +113,7 @@ class ZipRecords:
         """The bytes of a record. Raises InputError where there is none, or it is encrypted or too large."""
         info = self.infos.get(name)
         if info is None:
-            raise InputError(
-                f"{self.source.path}: the record {name} is missing", "Copy or download the file again."
-            )
+            raise InputError(f"{self.source.path}: the record {name} is missing", "Copy or download the file again.")
         offset = self.data_offset(info)
         if info.flag_bits & 1:
             raise self._damaged(info, "is encrypted")
@@ -194,9 +199,7 @@ def read_legacy(source: Source) -> Checkpoint:
     pickles = [PickleMachine(stream, f"{source.path}: pickle {n} of 5").run() for n in range(1, 6)]
     magic, protocol, system, _, keys = (pickled.value for pickled in pickles)
     if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL or not isinstance(keys, list):
-        raise InputError(
-            f"{source.path}: the headers of the legacy container are damaged", "Download it again."
-        )
+        raise InputError(f"{source.path}: the headers of the legacy container are damaged", "Download it again.")
     big_endian = isinstance(system, Mapping) and system.get("little_endian") is False
     places = _legacy_places(source, stream.tell(), keys, pickles[3], big_endian)
 
@@ -220,9 +223,7 @@ def _legacy_places(
                 f"{source.path}: a storage is listed that no tensor uses", "The file is damaged or hostile."
             )
         if key in places:
-            raise InputError(
-                f"{source.path}: the storage {key} is listed twice", "The file is damaged or hostile."
-            )
+            raise InputError(f"{source.path}: the storage {key} is listed twice", "The file is damaged or hostile.")
         count = int.from_bytes(source.read_at(position, 8), "big" if big_endian else "little", signed=True)
         nbytes = count * item_sizes[key]
         if count < 0 or position + 8 + nbytes > source.size:
@@ -279,21 +280,23 @@ def _checkpoint(
     )
 
 
+OTHER_ZIPS = (
+    ("models/model.json", "a torch.export package (.pt2)"),
+    ("serialized_exported_program.json", "a torch.export package (.pt2)"),
+    (".npy", "a NumPy archive (.npz)"),
+    ("model.weights.h5", "a Keras archive"),
+    ("[Content_Types].xml", "an Office document"),
+)
+"""Endings of record names that tell what else a zip file is."""
+
+
 def explain_other_zip(path: Path, records: ZipRecords) -> InputError:
     """Why a zip file without data.pkl is not a checkpoint we read."""
-    names = list(records.infos)
     found = "a zip file"
-    with contextlib.suppress(StopIteration):
-        found = next(
-            words
-            for words, test in (
-                ("a torch.export package (.pt2)", lambda n: n.endswith(("models/model.json", "serialized_exported_program.json"))),
-                ("a NumPy archive (.npz)", lambda n: n.endswith(".npy")),
-                ("a Keras archive", lambda n: n.endswith("model.weights.h5")),
-                ("a Word or Excel document", lambda n: n == "[Content_Types].xml"),
-            )
-            if any(test(name) for name in names)
-        )  # fmt: skip
+    for ending, words in OTHER_ZIPS:
+        if any(name.endswith(ending) for name in records.infos):
+            found = words
+            break
     return InputError(
         f"{path}: {found} without a data.pkl: not a checkpoint that normdoctor reads",
         "normdoctor reads torch.save files, safetensors and ONNX; export or save the model as one of them.",

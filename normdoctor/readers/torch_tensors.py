@@ -115,9 +115,7 @@ class TensorReader:
             return None
         offset, shape, strides = args[1], _sizes(args[2]), _sizes(args[3])
         if not isinstance(offset, int) or shape is None or strides is None:
-            raise InputError(
-                f"a tensor in storage {key.key} has no sensible shape", "The file is damaged or hostile."
-            )
+            raise InputError(f"a tensor in storage {key.key} has no sensible shape", "The file is damaged or hostile.")
         dtype = key.dtype if dtype is None else dtype
         if dtype not in ITEM_SIZES:
             return None

@@ -83,7 +83,8 @@ def _debias(
         return "momentum None is a plain average, which keeps nothing of the initial values"
     if momentum is None:
         raise RefusedError(
-            f"{layer.name}: the file does not say its momentum", "Give it with --momentum; nothing is assumed here."
+            f"{layer.name}: the file does not say its momentum",
+            "Give it with --momentum; nothing is assumed here.",
         )
     assert isinstance(momentum, float)
     if not 0 < momentum < 1:
@@ -123,7 +124,8 @@ def _updates(layer: NormLayer, given: int | None) -> int:
     if counted is None:
         if given is None:
             raise RefusedError(
-                f"{layer.name}: the file has no update counter", "Give the number of training steps with --updates."
+                f"{layer.name}: the file has no update counter",
+                "Give the number of training steps with --updates.",
             )
         return given
     if counted < 1 or not counted.is_integer():
@@ -134,9 +136,7 @@ def _updates(layer: NormLayer, given: int | None) -> int:
     return int(counted)
 
 
-def _without_residue(
-    layer: NormLayer, var: Vector, residue: float, updates: int, momentum: float
-) -> Vector:
+def _without_residue(layer: NormLayer, var: Vector, residue: float, updates: int, momentum: float) -> Vector:
     """(var - q) / (1 - q), with channels that never varied at exactly 0.
 
     Their var is q up to the rounding of t multiplications; anything further below q contradicts a start at 1."""

@@ -271,7 +271,7 @@ def _write_directory(
     file: BinaryIO, source: Source, places: Mapping[str, int], sizes: Mapping[str, tuple[int, int, int]]
 ) -> None:
     stream = source.stream()
-    entries = directory_entries(stream)  # type: ignore[arg-type]
+    entries = directory_entries(stream)
     begin = file.tell()
     for place, name in entries:
         header = list(CENTRAL_HEADER.unpack(source.read_at(place, CENTRAL_HEADER.size)))

@@ -39,9 +39,7 @@ SHORT_KINDS = {
 }
 
 
-def render(
-    reports: Sequence[Report], stream: TextIO, *, every_layer: bool = False, verbose: bool = False
-) -> None:
+def render(reports: Sequence[Report], stream: TextIO, *, every_layer: bool = False, verbose: bool = False) -> None:
     """Write the reports to `stream`, coloured only where it is a terminal (NO_COLOR and COLUMNS are honoured)."""
     console = Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=True)
     for place, report in enumerate(reports):
@@ -126,9 +124,7 @@ class _Page:
 
     def _table(self) -> None:
         report = self.report
-        ranked = sorted(
-            range(len(report.layers)), key=lambda place: (-self._worst(report.layers[place]), place)
-        )
+        ranked = sorted(range(len(report.layers)), key=lambda place: (-self._worst(report.layers[place]), place))
         shown = ranked if self.every_layer else ranked[:LAYERS_SHOWN]
         layers = [report.layers[place] for place in shown]
         columns = [

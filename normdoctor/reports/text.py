@@ -7,6 +7,4 @@ def printable(text: str) -> str:
     >>> printable("bn1\\x1b[2J")
     'bn1\\\\x1b[2J'
     """
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text
-    )
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
