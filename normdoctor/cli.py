@@ -35,6 +35,12 @@ class InspectFormat(StrEnum):
     JSON = "json"
 
 
+class ListFormat(StrEnum):
+    CONSOLE = "console"
+    JSON = "json"
+    MARKDOWN = "markdown"
+
+
 class FailOn(StrEnum):
     ERROR = "error"
     WARNING = "warning"
@@ -226,14 +232,16 @@ def exit_code(reports: list[Report], fail_on: FailOn) -> int:
 @app.command()
 def rules(
     output_format: Annotated[
-        InspectFormat, typer.Option("--format", help="How to write the list.")
-    ] = InspectFormat.CONSOLE,
+        ListFormat, typer.Option("--format", help="How to write the list.")
+    ] = ListFormat.CONSOLE,
 ) -> None:
     """List every rule: code, name, severity and what it says."""
     from normdoctor.reports import rule_book
 
-    if output_format is InspectFormat.JSON:
+    if output_format is ListFormat.JSON:
         typer.echo(rule_book.as_json(), nl=False)
+    elif output_format is ListFormat.MARKDOWN:
+        typer.echo(rule_book.as_markdown(), nl=False)
     else:
         rule_book.write_table(sys.stdout)
 

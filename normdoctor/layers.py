@@ -124,6 +124,11 @@ class NormLayer:
         return {name: math.prod(ref.shape) for name, ref in refs.items() if ref is not None}
 
     @cached_property
+    def lengths_agree(self) -> bool:
+        """All stored vectors have the same number of values, and at least one."""
+        return len(set(self.lengths.values())) < 2 and 0 not in self.lengths.values()
+
+    @cached_property
     def numbers(self) -> Numbers:
         """The layer's values per channel in float64, each read once."""
         return Numbers(self)
@@ -134,6 +139,7 @@ class Numbers:
 
     def __init__(self, layer: NormLayer) -> None:
         self._layer = layer
+        self._count = next(iter(layer.lengths.values()), layer.channels)
 
     @cached_property
     def mean(self) -> Vector | None:
@@ -150,20 +156,20 @@ class Numbers:
         """What the layer multiplies by: weight, 1 + weight for a zero-centred layer, ones without a weight."""
         weight = as_vector(self._layer.weight)
         if weight is None:
-            return np.ones(self._layer.channels)
+            return np.ones(self._count)
         return weight + 1.0 if self._layer.zero_centred else weight
 
     @cached_property
     def shift(self) -> Vector:
         """What the layer adds: bias, or zeros."""
         bias = as_vector(self._layer.bias)
-        return np.zeros(self._layer.channels) if bias is None else bias
+        return np.zeros(self._count) if bias is None else bias
 
     @cached_property
     def updates(self) -> float | None:
-        """num_batches_tracked as a number (a float only where the file stores a fraction), or None."""
+        """num_batches_tracked as a number (a fraction only where the file stores one), or None."""
         vector = as_vector(self._layer.num_batches_tracked)
-        return None if vector is None or vector.size != 1 else float(vector[0])
+        return None if vector is None or vector.size != 1 or not np.isfinite(vector[0]) else float(vector[0])
 
     @cached_property
     def live(self) -> Mask:
@@ -171,7 +177,7 @@ class Numbers:
 
         Without a running_var every channel counts as live."""
         if self.var is None:
-            return np.ones(self._layer.channels, dtype=bool)
+            return np.ones(self._count, dtype=bool)
         finite = np.isfinite(self.var) & (self.var > 0)
         if not finite.any():
             return finite

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -81,3 +85,22 @@ def build_layer(**overrides: Any) -> NormLayer:
 @pytest.fixture
 def make_layer() -> Callable[..., NormLayer]:
     return build_layer
+
+
+@pytest.fixture(scope="session")
+def make_any_layer() -> Callable[..., NormLayer]:
+    """make_layer for fixtures and property tests, which outlive a single test."""
+    return build_layer
+
+
+@pytest.fixture(scope="session")
+def nets() -> ModuleType:
+    """fixtures/nets.py under the name that the pickled fixtures know it by."""
+    if "nets" not in sys.modules:
+        path = Path(__file__).parents[1] / "fixtures" / "nets.py"
+        spec = importlib.util.spec_from_file_location("nets", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["nets"] = module
+        spec.loader.exec_module(module)
+    return sys.modules["nets"]

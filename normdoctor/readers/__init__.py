@@ -5,6 +5,7 @@ No reader imports torch, executes anything from a file or reads more of it than 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,38 @@ OTHER_CONTENTS = (
 READABLE = "normdoctor reads torch.save files (zip and legacy), safetensors and ONNX."
 
 
+@dataclass(frozen=True)
+class Format:
+    """One kind of file, in words for users."""
+
+    name: str
+    contents: str
+    says: str
+    """What it says beyond the tensors; the rest is None in the record and never guessed."""
+    repaired: bool
+    """Whether `recalibrate` writes it."""
+
+
+FORMATS = (
+    Format(
+        "PyTorch zip (.pt, .pth, .ckpt, .bin)",
+        "state_dicts, nested or several in one file; Lightning, DeepSpeed `module`",
+        "update counters",
+        True,
+    ),
+    Format(
+        "PyTorch zip, whole module",
+        "pickled nn.Module, its class need not be importable",
+        "eps, momentum, mode, class",
+        True,
+    ),
+    Format("PyTorch legacy container", "state_dicts and modules of torch before 1.6", "as the zip", True),
+    Format("safetensors", "flat tensors", "update counters", True),
+    Format("ONNX, opset 6 and later", "inline or external data, subgraphs, functions", "eps, momentum, mode", True),
+    Format("live nn.Module", "through `nd.inspect(module)`", "eps, momentum, mode, class", True),
+)
+
+
 def open_checkpoint(target: Any) -> Checkpoint:
     """Open a model file (str or Path) or a live nn.Module for inspection. Close it, or use `with`.
 
@@ -39,16 +72,20 @@ def open_checkpoint(target: Any) -> Checkpoint:
     if live_module.is_module(target):
         return live_module.read(target)
     raise InputError(
-        f"cannot inspect a {type(target).__name__}", "Give a path or a torch.nn.Module (not a state_dict object)."
+        f"cannot inspect a {type(target).__name__}",
+        "Give a path or a torch.nn.Module (not a state_dict object).",
     )
 
 
 def _open_file(path: Path) -> Checkpoint:
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder", "Name the checkpoint file inside it.")
     source = Source(path)
     try:
         return _read(source)
+    except InputError as error:
+        source.close()
+        if str(path) in error.message:
+            raise
+        raise InputError(f"{path}: {error.message}", error.hint) from None  # a tensor does not know its file
     except BaseException:
         source.close()
         raise
@@ -70,6 +107,11 @@ def _read(source: Source) -> Checkpoint:
                 "Inspect the state_dict or module it was made from, or an ONNX export.",
             )
         return torch_pickle.read_zip(source, records)
+    if torch_pickle.is_tar(source):
+        raise InputError(
+            f"{path}: a tar archive, not a checkpoint that normdoctor reads",
+            "Unpack it; if torch before 0.1.10 wrote it, load it there and save it again.",
+        )
     if torch_pickle.is_legacy(source):
         return torch_pickle.read_legacy(source)
     if safetensors.is_safetensors(source):
@@ -95,5 +137,3 @@ def _guess(head: bytes) -> str:
     if all(byte >= 32 or byte in b"\t\r\n\f" for byte in head):
         return "it looks like text"
     return "zeros only" if not any(head) else "its first bytes are those of no known format"
-
-

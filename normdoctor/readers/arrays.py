@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import stat
 import zlib
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ FLOAT_TYPES = frozenset(name for name in ITEM_SIZES if name.startswith(("float",
 MAX_SPAN = 16 << 20
 """A strided view over more bytes than this is gathered element by element instead of read whole."""
 
+MAX_GATHERED = 1 << 16
+
 MAX_ELEMENTS = 1 << 24
 """No norm layer has more channels; a file that claims so is asking for our memory."""
 
@@ -59,9 +62,14 @@ class Source:
 
     def __init__(self, path: Path) -> None:
         try:
+            kind = path.stat().st_mode
+            if stat.S_ISDIR(kind):
+                raise InputError(f"{path}: is a folder", "Name the checkpoint file inside it.")
+            if stat.S_ISFIFO(kind):  # would wait for its writer, and cannot be read twice
+                raise InputError(f"{path}: is a pipe", "Save it to a file first.")
             self._file = path.open("rb", buffering=0)
             self.size = self._file.seek(0, io.SEEK_END)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
             raise unreadable(path, error) from None
         self.path = path
         self.bytes_read = 0
@@ -103,13 +111,14 @@ class Source:
         self.close()
 
 
-def unreadable(path: Path, error: OSError) -> InputError:
-    """The InputError for an OSError, with a hint that fits its kind."""
+def unreadable(path: Path, error: OSError | ValueError) -> InputError:
+    """The InputError for what opening or reading `path` raised, with a hint that fits its kind."""
     if isinstance(error, FileNotFoundError):
         return InputError(f"{path}: no such file", "Check the path.")
     if isinstance(error, PermissionError):
         return InputError(f"{path}: no permission to read", "Check the file's owner and mode.")
-    return InputError(f"{path}: cannot be read ({error.strerror or error})", "Check the path and the disk.")
+    reason = getattr(error, "strerror", None) or error
+    return InputError(f"{path}: cannot be read ({reason})", "Check the path and the disk.")
 
 
 class _Window(io.RawIOBase):
@@ -192,7 +201,10 @@ class StoredArray:
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_SIZES:
-            raise InputError(f"tensor in {self.storage.name} has the unknown element type {self.dtype}")
+            raise InputError(
+                f"a tensor in {self.storage.name} has the unknown element type {self.dtype}",
+                "Convert the model to float32 first.",
+            )
         strides = self.element_strides
         if len(strides) != len(self.shape) or min((0, self.offset, *self.shape, *strides)) < 0:
             raise self._beyond()
@@ -254,15 +266,23 @@ class StoredArray:
     @cached_property
     def _values(self) -> NDArray[Any]:
         if self.size > MAX_ELEMENTS:
-            raise InputError(f"a tensor in {self.storage.name} has {self.size:,} elements: not a norm's")
+            raise InputError(
+                f"a tensor in {self.storage.name} has {self.size:,} elements: not a norm's",
+                "The file is damaged or was made to mislead; do not load it.",
+            )
         if not self.size:
             return np.zeros(self.shape, dtype=np.float32)
         span = (self._reach + 1) * self.item_size
-        if span <= MAX_SPAN:
+        if span <= max(MAX_SPAN, 2 * self.nbytes):
             raw = self.storage.read(self.offset * self.item_size, span)
             flat = decode(raw, self.dtype, self.big_endian)
             steps = tuple(stride * flat.itemsize for stride in self.element_strides)
             return np.lib.stride_tricks.as_strided(flat, self.shape, steps).copy()
+        if self.size > MAX_GATHERED:
+            raise InputError(
+                f"a tensor in {self.storage.name} has {self.size:,} elements scattered over {span:,} bytes",
+                "Save the model again with contiguous tensors (tensor.clone()).",
+            )
         places = sum(
             np.arange(length).reshape((-1,) + (1,) * (len(self.shape) - 1 - axis)) * stride
             for axis, (length, stride) in enumerate(zip(self.shape, self.element_strides, strict=True))

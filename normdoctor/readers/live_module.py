@@ -89,7 +89,8 @@ class LiveModule:
 
     @property
     def attributes(self) -> Mapping[str, Any]:
-        return dict(vars(self.module))
+        attributes: Mapping[str, Any] = vars(self.module)
+        return attributes
 
     @cached_property
     def _own(self) -> dict[str, Any]:
@@ -97,7 +98,7 @@ class LiveModule:
         tables = {**module._parameters, **module._buffers}
         return {name: tensor for name, tensor in tables.items() if tensor is not None}
 
-    @property
+    @cached_property
     def tensors(self) -> Mapping[str, ArrayRef]:
         return {name: LiveArray(tensor) for name, tensor in self._own.items()}
 

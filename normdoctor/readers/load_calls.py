@@ -98,6 +98,8 @@ DATA_FUNCTIONS = frozenset(
     }
 )
 
+STANDARD_LIBRARY = sys.stdlib_module_names - {"__main__"} | {"__builtin__"}
+
 CLASS_NAME = re.compile(r"^(_?[A-Z]\w*\.)*_?[A-Z]\w*$")
 
 RUNS_WHEN_CREATED = frozenset({"Popen", "Process", "Thread", "Timer", "CDLL", "PyDLL"})
@@ -127,14 +129,14 @@ def _judge_one(call: Call) -> list[tuple[str, Danger]]:
     name = function.full_name
     if name in ("copyreg._reconstructor", "copy_reg._reconstructor", "copyreg.__newobj__"):
         inner = call.args[0] if call.args else None
-        return _judge_one(Call(inner, call.args[1:], True, state=call.state))
+        return _judge_one(Call(inner, (), True, state=call.state))
     if name == REBUILD_FROM_TYPE:
         inner = call.args[0] if call.args else None
         return _judge_one(Call(inner, (), False))
     if name in REBUILD_FUNCTIONS or name in PLAIN:
         return []
     package = function.module.partition(".")[0]
-    foreign = package not in sys.stdlib_module_names - {"__main__"} and package != "__builtin__"
+    foreign = package not in STANDARD_LIBRARY
     if call.creates and foreign and is_module_state(call.state):
         return [(name, Danger.MODULE_CLASS)]
     if name in DATA_FUNCTIONS:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast
 
 from normdoctor.layers import ArrayRef, Model, NearMiss, NormKind, NormLayer, Reference
-from normdoctor.readers.arrays import MAX_ELEMENTS
+from normdoctor.readers.arrays import FLOAT_TYPES, MAX_ELEMENTS
 from normdoctor.readers.naming import (
+    Budget,
     Recognised,
     _size,
+    averaged,
     finish,
     group_of,
+    is_counter,
     recognise,
     strip_wrappers,
+    with_aliases,
 )
 from normdoctor.readers.norm_classes import (
     EPS_NAMES,
@@ -23,8 +28,6 @@ from normdoctor.readers.norm_classes import (
     kind_of_class,
     zero_centred_by_class,
 )
-
-MAX_MODULES = 1_000_000
 
 
 class ModuleRecord(Protocol):
@@ -52,57 +55,65 @@ class ModuleRecord(Protocol):
     def children(self) -> Iterable[tuple[str, ModuleRecord]]: ...
 
 
+FLOAT_LIMIT = 2**1023
+"""An int beyond it has no float."""
+
+
 @dataclass
 class _Walk:
     layers: list[NormLayer] = field(default_factory=list)
     misses: list[NearMiss] = field(default_factory=list)
     places: dict[int, int] = field(default_factory=dict)
     """Identity of a norm module → its place in layers."""
+    aliases: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
+    """Place in layers → the further names of the module there."""
     averaged: str | None = None
 
 
-def read_modules(root: ModuleRecord, key: str | None = None) -> tuple[Model, tuple[Reference, ...]]:
+def read_modules(
+    root: ModuleRecord, key: str | None = None, budget: Budget | None = None
+) -> tuple[Model, tuple[Reference, ...]]:
     """The norm layers of a module tree, in the order of named_modules(), and all of its tensors by name.
 
     A module used in several places is one layer with aliases."""
     walk = _Walk()
     references: list[Reference] = []
+    budget = budget or Budget()
     for name, module in _named_modules(root):
         prefix = f"{name}." if name else ""
+        budget.spend_names((len(key or "") + len(prefix)) * (1 + len(module.tensors)), 1 + len(module.tensors))
         references += [Reference(prefix + leaf, array) for leaf, array in module.tensors.items()]
         if module.identity in walk.places:
-            place = walk.places[module.identity]
-            layer = walk.layers[place]
-            walk.layers[place] = replace(layer, aliases=(*layer.aliases, name))
+            walk.aliases[walk.places[module.identity]].append(name)
             continue
         _look_at(name, module, walk)
-    model = finish(key, walk.layers, near_misses=walk.misses, averaged=walk.averaged)
+    layers = with_aliases(walk.layers, walk.aliases)
+    model = finish(key, layers, near_misses=walk.misses, averaged=walk.averaged, budget=budget)
     return model, tuple(references)
 
 
 def _named_modules(root: ModuleRecord) -> Iterator[tuple[str, ModuleRecord]]:
     """Depth first, in order, without recursion: a hostile file nests a hundred thousand deep. A module that
     has children of its own is entered once, a leaf is met under each of its names."""
-    entered: set[int] = set()
-    stack: list[tuple[str, ModuleRecord]] = [("", root)]
-    for _ in range(MAX_MODULES):
-        if not stack:
-            return
-        name, module = stack.pop()
-        yield name, module
-        if module.identity in entered:
+    yield "", root
+    entered: set[int] = {root.identity}
+    stack = [("", iter(root.children()))]
+    while stack:
+        prefix, children = stack[-1]
+        found = next(children, None)
+        if found is None:
+            stack.pop()
             continue
-        entered.add(module.identity)
-        prefix = f"{name}." if name else ""
-        stack += reversed([(prefix + child_name, child) for child_name, child in module.children()])
+        name, module = prefix + found[0], found[1]
+        yield name, module
+        if module.identity not in entered:
+            entered.add(module.identity)
+            stack.append((f"{name}.", iter(module.children())))
 
 
 def _look_at(name: str, module: ModuleRecord, walk: _Walk) -> None:
     tensors, attributes, class_names = module.tensors, module.attributes, module.class_names
-    counter = tensors.get("n_averaged")
-    if counter is not None and _size(counter) == 1:
-        batches = float(counter.numpy().reshape(-1)[0])
-        walk.averaged = f"n_averaged = {batches:.0f}" if batches > 1 else None
+    walk.averaged = walk.averaged or averaged(tensors)
     kind = kind_of_class(class_names)
     width = declared_width(attributes)
     group = group_of(name, tensors)
@@ -129,9 +140,11 @@ def _look_at(name: str, module: ModuleRecord, walk: _Walk) -> None:
 
 
 def _usable(role: str, ref: ArrayRef) -> bool:
-    return (_size(ref) <= MAX_ELEMENTS and (role in ("num_batches_tracked", "alpha") or len(ref.shape) >= 1)) or (
-        role in ("weight", "bias") and _size(ref) == 1
-    )
+    if role in ("num_batches_tracked", "alpha"):
+        return is_counter(ref)
+    if ref.dtype not in FLOAT_TYPES or _size(ref) > MAX_ELEMENTS:
+        return False
+    return len(ref.shape) >= 1 or role in ("weight", "bias")
 
 
 def _layer(name: str, module: ModuleRecord, kind: NormKind, channels: int, fields: dict[str, ArrayRef]) -> NormLayer:
@@ -163,7 +176,7 @@ def _layer(name: str, module: ModuleRecord, kind: NormKind, channels: int, field
 def _number(attributes: Mapping[str, Any], names: Iterable[str]) -> float | None:
     for name in names:
         value = attributes.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, float) or (type(value) is int and abs(value) < FLOAT_LIMIT):
             return float(value)
     return None
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from normdoctor.errors import InputError
 from normdoctor.layers import ArrayRef, Model, NearMiss, NormKind, NormLayer, as_vector
 from normdoctor.readers.arrays import FLOAT_TYPES, MAX_ELEMENTS
 
@@ -64,6 +65,39 @@ EVO_OR_FRN_MEMBERS = {"v": NormKind.EVO, "tau": NormKind.FILTER_RESPONSE}
 DYNAMIC_TANH_EXTRAS = frozenset({"alpha", "shift", "s"})
 
 
+MAX_NAME_BYTES = 128 << 20
+MAX_VALUES = 1 << 25
+"""What the names in a file and the values of its norm layers may come to; the largest models need a tenth."""
+
+
+class Budget:
+    """Counts what the names and the norm layers of one file take.
+
+    A pickle can give one long key, one table of tensors, or one number seen with stride 0 to any number of
+    modules at next to no cost of its own."""
+
+    def __init__(self) -> None:
+        self._name_bytes = MAX_NAME_BYTES
+        self._values = MAX_VALUES
+
+    def spend_names(self, characters: int, names: int = 1) -> None:
+        """Raises InputError when more is spent than any model needs."""
+        self._name_bytes -= characters + 64 * names
+        self._check(self._name_bytes, "the names of its tensors and modules")
+
+    def spend_values(self, layers: Iterable[NormLayer]) -> None:
+        """Raises InputError when the layers have more values than those of any model."""
+        self._values -= sum(layer.channels + sum(layer.lengths.values()) for layer in layers)
+        self._check(self._values, "the values of its norm layers")
+
+    def _check(self, left: int, what: str) -> None:
+        if left < 0:
+            raise InputError(
+                f"{what} take more memory than those of any model",
+                "The file is damaged or was made to exhaust memory; do not load it.",
+            )
+
+
 def strip_wrappers(name: str) -> str:
     """`name` without the path components that wrappers insert.
 
@@ -94,18 +128,22 @@ class Group:
         return frozenset(re.findall("[a-z]+", joined))
 
     @property
-    def false_friend(self) -> bool:
-        return any(FALSE_FRIENDS.match(word) for word in self.words)
+    def named_like_norm(self) -> bool:
+        return any(
+            (word in NORM_WORDS or word.endswith("norm")) and not FALSE_FRIENDS.match(word) for word in self.words
+        )
 
     @property
-    def named_like_norm(self) -> bool:
-        is_norm = any(word in NORM_WORDS or word.endswith("norm") for word in self.words)
-        return is_norm and not self.false_friend
+    def false_friend(self) -> bool:
+        """Named like something else that holds vectors, and not like a norm of it (word_embeddings_layernorm)."""
+        return not self.named_like_norm and any(FALSE_FRIENDS.match(word) for word in self.words)
 
     @property
     def pattern(self) -> str:
-        """The path with every number written #: equal for the same place in repeated blocks."""
-        return re.sub(r"(?<![^.])\d+(?![^.])", "#", strip_wrappers(self.parent))
+        """The path with its numbers written #: equal for the same place in repeated blocks. A number in the
+        last word stays, since norm1 and norm2 of a block may be of different kinds."""
+        above, _, last = strip_wrappers(self.parent).rpartition(".")
+        return re.sub(r"\d+", "#", above) + "." + ("#" if last.isdigit() else last)
 
 
 @dataclass(frozen=True)
@@ -125,6 +163,9 @@ def group_of(parent: str, tensors: Mapping[str, ArrayRef]) -> Group:
             if name in tensors:
                 group.roles[role] = tensors[name]
                 break
+    statistics = group.roles.keys() & {"running_mean", "running_var"}
+    if len(statistics) == 1 and not any(name.startswith(("running_", "moving_")) for name in tensors):
+        del group.roles[statistics.pop()]  # "mean" alone is as often an input normaliser's (mean and std)
     taken = {id(tensor) for tensor in group.roles.values()}
     group.others = {name: tensor for name, tensor in tensors.items() if id(tensor) not in taken}
     return group
@@ -176,7 +217,7 @@ def _with_statistics(group: Group, vectors: Mapping[str, ArrayRef]) -> Recognise
     channels = next(_size(vectors[role]) for role in ("running_var", "running_mean") if role in vectors)
     tensors: dict[str, ArrayRef] = dict(vectors)
     counter = group.roles.get("num_batches_tracked")
-    if counter is not None and _size(counter) == 1:
+    if counter is not None and is_counter(counter):
         tensors["num_batches_tracked"] = counter
     kind = NormKind.BATCH
     if "v" in group.others:
@@ -214,6 +255,11 @@ def _size(tensor: ArrayRef) -> int:
     return int(np.prod(tensor.shape, dtype=object)) if tensor.shape else 1
 
 
+def is_counter(tensor: ArrayRef) -> bool:
+    """One number, whole or (averaged, or cast with the rest of the model) not."""
+    return _size(tensor) == 1 and not tensor.dtype.startswith("complex")
+
+
 def _plausible(tensor: ArrayRef) -> bool:
     return tensor.dtype in FLOAT_TYPES and 0 < _size(tensor) <= MAX_ELEMENTS
 
@@ -222,7 +268,7 @@ def _is_vector(tensor: ArrayRef) -> bool:
     return len(tensor.shape) == 1 and _plausible(tensor)
 
 
-def read_names(tensors: Mapping[str, ArrayRef], key: str | None = None) -> Model:
+def read_names(tensors: Mapping[str, ArrayRef], key: str | None = None, budget: Budget | None = None) -> Model:
     """The norm layers among the tensors of one flat state_dict, in its order.
 
     key: where in the file the state_dict was found, if the file holds several."""
@@ -251,12 +297,12 @@ def read_names(tensors: Mapping[str, ArrayRef], key: str | None = None) -> Model
         elif isinstance(outcome, str):
             shape = group.roles["weight"].shape if "weight" in group.roles else ()
             misses.append(NearMiss(name=group.parent, shape=shape, reason=outcome))
-    return finish(key, layers, near_misses=misses, averaged=_averaged(tensors))
+    return finish(key, layers, near_misses=misses, averaged=averaged(tensors), budget=budget)
 
 
 def _batch_places(outcomes: Sequence[tuple[Group, Recognised | str | None]]) -> set[str]:
     """Patterns of paths at which a layer with weight and bias alone is a BatchNorm that lost its buffers:
-    most layers of the same pattern have buffers."""
+    no fewer layers of the same pattern have buffers."""
     seen: Counter[str] = Counter()
     without: Counter[str] = Counter()
     for group, outcome in outcomes:
@@ -265,12 +311,30 @@ def _batch_places(outcomes: Sequence[tuple[Group, Recognised | str | None]]) -> 
                 seen[group.pattern] += 1
             elif outcome.kind is NormKind.LAYER_OR_GROUP:
                 without[group.pattern] += 1
-    return {pattern for pattern, count in seen.items() if "#" in pattern and count > without[pattern]}
+    return {pattern for pattern, count in seen.items() if "#" in pattern and count >= without[pattern]}
 
 
-def _averaged(tensors: Mapping[str, ArrayRef]) -> str | None:
+def why_no_norms(tensors: Mapping[str, ArrayRef]) -> str | None:
+    """What the names and shapes say about a state_dict without norm layers, None where they say nothing.
+
+    Folding a BatchNorm leaves its shift behind as a bias, which a convolution in front of a norm goes without."""
+    parents: dict[str, dict[str, ArrayRef]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        parent, _, leaf = name.rpartition(".")
+        parents[parent][leaf] = tensor
+    convolutions = [leaves for leaves in parents.values() if "weight" in leaves and len(leaves["weight"].shape) >= 3]
+    biased = sum("bias" in leaves for leaves in convolutions)
+    if not convolutions:
+        return None
+    if biased * 2 >= len(convolutions):
+        return f"probably folded already: {biased} of {len(convolutions)} convolutions carry a bias, as folding leaves them"
+    return f"{len(convolutions) - biased} of {len(convolutions)} convolutions have no bias, so nothing was folded into them"
+
+
+def averaged(tensors: Mapping[str, ArrayRef]) -> str | None:
+    """What the counter of torch's AveragedModel says, None where there is none or nothing was averaged yet."""
     counter = tensors.get("n_averaged")
-    if counter is None or _size(counter) != 1:
+    if counter is None or not is_counter(counter):
         return None
     vector = as_vector(counter)
     assert vector is not None
@@ -283,28 +347,39 @@ def finish(
     *,
     near_misses: Iterable[NearMiss] = (),
     averaged: str | None = None,
+    budget: Budget | None = None,
 ) -> Model:
-    """A Model of these layers: tied ones joined, paths shortened for matching, zero-centred gains settled."""
-    joined = settle_gains(shorten_paths(join_tied(list(layers))))
+    """A Model of these layers: tied ones joined, paths shortened for matching, zero-centred gains settled.
+
+    Raises InputError where they hold more values than the norm layers of any model."""
+    tied = join_tied(list(layers))
+    (budget or Budget()).spend_values(tied)
+    joined = settle_gains(shorten_paths(tied))
     return Model(key=key, layers=tuple(joined), near_misses=tuple(near_misses), averaged=averaged)
 
 
 def join_tied(layers: Sequence[NormLayer]) -> list[NormLayer]:
     """One layer for each set of layers whose tensors are all the same memory; the other names as aliases."""
     by_tensors: dict[Hashable, int] = {}
+    aliases: dict[int, list[str]] = defaultdict(list)
     result: list[NormLayer] = []
     for layer in layers:
         refs = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
         identity = tuple(None if ref is None else ref.identity for ref in refs)
-        if not any(identity):
-            result.append(layer)
-        elif identity in by_tensors:
-            place = by_tensors[identity]
-            result[place] = replace(result[place], aliases=(*result[place].aliases, layer.name))
-        else:
-            by_tensors[identity] = len(result)
-            result.append(layer)
-    return result
+        if any(identity) and identity in by_tensors:
+            aliases[by_tensors[identity]].append(layer.name)
+            continue
+        by_tensors[identity] = len(result)
+        result.append(layer)
+    return with_aliases(result, aliases)
+
+
+def with_aliases(layers: Sequence[NormLayer], aliases: Mapping[int, Sequence[str]]) -> list[NormLayer]:
+    """The layers, each with the further names given for its place."""
+    return [
+        replace(layer, aliases=(*layer.aliases, *aliases[place])) if place in aliases else layer
+        for place, layer in enumerate(layers)
+    ]
 
 
 def shorten_paths(layers: Sequence[NormLayer]) -> list[NormLayer]:
@@ -321,14 +396,21 @@ GAIN_ONLY = frozenset({NormKind.RMS, NormKind.LAYER_OR_RMS})
 def settle_gains(layers: Sequence[NormLayer]) -> list[NormLayer]:
     """Decide for norms with a gain alone whether weight means gamma or gamma - 1.
 
-    The class decides where the file names one. Otherwise the values do, over all layers of the same place
-    (q_norm, input_layernorm) together and never for a single layer: gains that average nearer to 0 than
-    to 1 with a tenth of them or more at or below 0 are stored around 0. A gamma below 0 is rare."""
+    The class decides where the file names one. Otherwise the values do, never of a single layer: those of
+    the same place (layers.*.q_norm, layers.*.linear_attn.norm) are looked at together, and a place whose values could be
+    either follows the rest of the file."""
     places: dict[str, list[NormLayer]] = defaultdict(list)
     for layer in layers:
         if layer.kind in GAIN_ONLY and layer.weight is not None and layer.zero_centred_by_class is None:
-            places[layer.path.rpartition(".")[2]].append(layer)
-    centred = {id(layer) for group in places.values() if _centred_on_zero(group) for layer in group}
+            places[".".join(part for part in layer.path.split(".") if not part.isdigit())].append(layer)
+    votes = {place: _centred_on_zero(group) for place, group in places.items()}
+    usual = sum(1 if vote else -1 for vote in votes.values() if vote is not None) > 0
+    centred = {
+        id(layer)
+        for place, group in places.items()
+        for layer in group
+        if (usual if votes[place] is None else votes[place])
+    }
     return [
         replace(layer, zero_centred=layer.zero_centred_by_class or id(layer) in centred)
         if layer.kind in GAIN_ONLY or layer.zero_centred_by_class is not None
@@ -337,9 +419,15 @@ def settle_gains(layers: Sequence[NormLayer]) -> list[NormLayer]:
     ]
 
 
-def _centred_on_zero(layers: Sequence[NormLayer]) -> bool:
+def _centred_on_zero(layers: Sequence[NormLayer]) -> bool | None:
+    """True where the values spread around 0, False around 1, None where they could be either.
+
+    A gamma at or below 0 is rare, a gamma - 1 above 0.5 in most channels as well."""
     values = np.concatenate([vector for layer in layers if (vector := as_vector(layer.weight)) is not None])
     values = values[np.isfinite(values)]
     if not values.size:
-        return False
-    return bool(abs(float(np.median(values))) < 0.5 and float((values <= 0).mean()) >= 0.1)
+        return None
+    middle, below = abs(float(np.median(values))), float((values <= 0).mean())
+    if middle < 0.5 and below >= 0.1:
+        return True
+    return None if middle < 0.5 or below >= 0.1 else False

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from normdoctor.layers import NormKind
+from normdoctor.readers.arrays import MAX_ELEMENTS
 
 KINDS_BY_NAME: tuple[tuple[str, NormKind], ...] = (
     (r"RMSNorm|RmsNorm|^T5LayerNorm$|^SimpleRMS", NormKind.RMS),
@@ -85,11 +87,8 @@ def declared_width(attributes: Mapping[str, Any]) -> int | None:
     """The number of channels that the attributes name: num_features, num_channels or normalized_shape."""
     for name in WIDTH_NAMES:
         value = attributes.get(name)
-        if type(value) is int and value > 0:
-            return value
-        if isinstance(value, (tuple, list)) and value and all(type(n) is int and n > 0 for n in value):
-            width = 1
-            for length in value:
-                width *= length
-            return width
+        lengths = value if isinstance(value, (tuple, list)) else (value,)
+        if 0 < len(lengths) <= 8 and all(type(n) is int and 0 < n <= MAX_ELEMENTS for n in lengths):
+            width = math.prod(lengths)
+            return width if width <= MAX_ELEMENTS else None
     return None

@@ -4,8 +4,9 @@ Nothing named in the pickle is imported, called or given attributes. What pickle
 as a `Call` and listed, so that a file's intentions can be read without being carried out. The opcodes and
 their arguments are those of the standard library's pickletools (protocols 0 to 5).
 
-Work is bounded: by the number of opcodes, by the bytes of one argument, and by using only atoms as dictionary
-keys (hashing nested tuples that refer to each other takes exponential time). Nesting costs no recursion.
+Work is bounded: by the number of opcodes, by the bytes of one argument, by never copying what one opcode can
+refer to again, and by using only atoms as dictionary keys (hashing nested tuples that refer to each other takes
+exponential time). Nesting costs no recursion.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MAX_LITERAL = 1 << 16
 """A longer string or bytes argument is skipped and stands in the result as `Skipped`."""
 
 MAX_KEPT = 64 << 20
-"""Once literals of this many bytes are kept, only those as short as a parameter's name are."""
+"""Once literals of this many bytes are kept, only those as short as a parameter's name are. Lines end here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ class Pickled:
 
     value: Any
     calls: list[Call] = field(default_factory=list)
+    persistent_ids: list[PersistentId] = field(default_factory=list)
 
 
 class _Mark:
@@ -103,7 +105,10 @@ class PickleMachine:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._calls: list[Call] = []
+        self._persistent_ids: list[PersistentId] = []
         self._kept = 0
+        self._kept_lines = 0
+        self._pairs = 0
 
     def run(self) -> Pickled:
         read = self._stream.read
@@ -112,7 +117,7 @@ class PickleMachine:
             for _ in range(MAX_OPCODES):
                 code = read(1)
                 if code == b".":
-                    return Pickled(self._pop(), self._calls)
+                    return Pickled(self._pop(), self._calls, self._persistent_ids)
                 handler = handlers.get(code)
                 if handler is None:
                     raise self._error(f"has the unknown opcode {code!r}" if code else "ends in the middle")
@@ -162,6 +167,9 @@ class PickleMachine:
         line = self._stream.readline(MAX_LITERAL)
         if not line.endswith(b"\n"):
             raise EOFError
+        self._kept_lines += len(line)
+        if self._kept_lines > MAX_KEPT:
+            raise ValueError("names")
         return line[:-1]
 
     def _literal(self, length: int) -> bytes | Skipped:
@@ -185,9 +193,15 @@ class PickleMachine:
         args = args if isinstance(args, tuple) else (args,)
         if not creates and function == ORDERED_DICT:
             # By far the commonest call: as light as a plain dictionary. Python 2 gave it a list of pairs.
+            pairs = args[0] if args and isinstance(args[0], list) else []
+            self._pairs += len(pairs)
+            if self._pairs > MAX_OPCODES:  # one list of pairs, given to call after call
+                raise ValueError("pairs")
             self._push({})
-            for pair in args[0] if args and isinstance(args[0], list) else ():
-                self._set_items(self._stack[-1], list(pair))
+            for pair in pairs:
+                if len(pair) != 2:
+                    raise ValueError("pair")
+                self._set_items(self._stack[-1], [*pair])
             return
         call = Call(function, args, creates)
         self._calls.append(call)
@@ -229,6 +243,10 @@ class PickleMachine:
 
     def _memoize(self, index: int) -> None:
         self._memo[index] = self._stack[-1]
+
+    def _refer(self, record: PersistentId) -> None:
+        self._persistent_ids.append(record)
+        self._push(record)
 
     def _extension(self, width: int) -> None:
         self._push(Global("copyreg", f"extension {self._unsigned(width)}"))
@@ -279,8 +297,8 @@ def _newobj(m: PickleMachine) -> None:
 
 
 def _newobj_ex(m: PickleMachine) -> None:
-    keywords, args = m._pop(), m._pop()
-    m._call(m._pop(), (*(args if isinstance(args, tuple) else (args,)), keywords), creates=True)
+    m._pop()  # keywords: what they call has been listed, and no object of torch has any
+    _newobj(m)
 
 
 def _obj(m: PickleMachine) -> None:
@@ -342,13 +360,16 @@ def _protocol(m: PickleMachine) -> None:
 
 
 def _persistent_line(m: PickleMachine) -> None:
-    m._push(PersistentId(m._line().decode("ascii")))
+    m._refer(PersistentId(m._line().decode("ascii")))
 
 
 def _persistent(m: PickleMachine, value: Any) -> None:
     # torch's older container wraps a module's class with its source text: ("module", class, file, source)
     is_class = isinstance(value, tuple) and len(value) == 4 and value[0] == "module"
-    m._push(value[1] if is_class and isinstance(value[1], Global) else PersistentId(value))
+    if is_class and isinstance(value[1], Global):
+        m._push(value[1])
+    else:
+        m._refer(PersistentId(value))
 
 
 _HANDLERS: dict[bytes, Callable[[PickleMachine], Any]] = {

@@ -12,7 +12,7 @@ from typing import Any
 from normdoctor.errors import InputError
 from normdoctor.layers import Checkpoint, Container, Reference
 from normdoctor.readers.arrays import FileStorage, Source, StoredArray
-from normdoctor.readers.naming import read_names
+from normdoctor.readers.naming import read_names, why_no_norms
 
 DTYPES = {
     "BOOL": "bool",
@@ -58,11 +58,14 @@ def read(source: Source) -> Checkpoint:
         array = _array(source, name, entry, 8 + length)
         if array is not None:
             tensors[name] = array
+    model = read_names(tensors)
+    why = None if model.layers else why_no_norms(tensors)
     return Checkpoint(
         path=str(source.path),
         format="safetensors state_dict",
         container=Container.SAFETENSORS,
-        models=(read_names(tensors),),
+        models=(model,),
+        notes=(f"no norm layers: {why}",) if why else (),
         list_references=lambda: tuple(Reference(name, array) for name, array in tensors.items()),
         bytes_total=source.size,
         count_bytes_read=lambda: source.bytes_read,

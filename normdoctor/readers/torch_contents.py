@@ -7,7 +7,7 @@ state repeats the shapes of norm tensors under other names and is never entered.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from normdoctor.layers import ArrayRef, Model, Reference
 from normdoctor.readers.load_calls import is_module_state
 from normdoctor.readers.modules import ModuleRecord, read_modules
-from normdoctor.readers.naming import FLAT_PARAMETER, read_names
+from normdoctor.readers.naming import FLAT_PARAMETER, Budget, read_names, why_no_norms
 from normdoctor.readers.pickle_machine import Call, Global
 from normdoctor.readers.torch_tensors import TensorReader
 
@@ -31,8 +31,11 @@ CONTAINERS = re.compile(
 """Keys under which a whole model is stored, rather than one level of a nested state_dict."""
 AVERAGED_KEYS = re.compile(r"(^|[_.])(ema|swa|averaged|polyak)([_.]|$)|_ema$", re.IGNORECASE)
 
+COMPILED_MODULE = Global("torch._dynamo.eval_frame", "OptimizedModule")
+
 MAX_DEPTH = 12
 MAX_NODES = 500_000
+"""Dictionaries, lists and objects that are searched for models."""
 
 
 @dataclass
@@ -57,16 +60,14 @@ class Contents:
 
 def find_models(value: object, reader: TensorReader) -> Contents:
     """All models in an unpickled value, in order."""
-    found = _join_levels(_search(value, reader))
     contents = Contents()
-    several = len(found) > 1
-    for item in found:
-        key = ".".join(item.keys) if several and item.keys else None
-        if item.module is not None:
-            model, references = read_modules(item.module, key)
-        else:
-            model = read_names(item.tensors, key)
-            references = tuple(Reference(name, array) for name, array in item.tensors.items())
+    budget = Budget()
+    found = _join_levels(_search(value, reader, budget, contents.notes))
+    outcomes = [(item, *_read(item, budget)) for item in found]
+    # One model stays without a key: tensors beside it (best_acc1) make it none of several.
+    several = sum(bool(model.layers) for _, model, _ in outcomes) > 1
+    for item, model, references in outcomes:
+        key = model.key if several or not model.layers else None
         prefix = f"{key}:" if key else ""
         contents.references += [Reference(prefix + ref.name, ref.array) for ref in references]
         if model.averaged is None and any(AVERAGED_KEYS.search(part) for part in item.keys):
@@ -78,16 +79,27 @@ def find_models(value: object, reader: TensorReader) -> Contents:
                 "save a full state_dict (StateDictType.FULL_STATE_DICT) to have them judged"
             )
         contents.models.append(_with_key(model, key))
+    if not any(model.layers for model in contents.models) and not contents.notes:
+        why = why_no_norms({reference.name: reference.array for reference in contents.references})
+        contents.notes += [f"no norm layers: {why}"] if why else []
     inner = value.get("optimizer_state_dict") if isinstance(value, dict) else None
     if isinstance(inner, dict) and "zero_stage" in inner and not any(m.layers for m in contents.models):
         contents.notes.append("a DeepSpeed ZeRO shard: the parameters in it are flat and not separable")
     return contents
 
 
+def _read(item: _Found, budget: Budget) -> tuple[Model, tuple[Reference, ...]]:
+    key = ".".join(item.keys) or None
+    if item.module is not None:
+        return read_modules(item.module, key, budget)
+    references = tuple(Reference(name, array) for name, array in item.tensors.items())
+    return read_names(item.tensors, key, budget), references
+
+
 def _with_key(model: Model, key: str | None) -> Model:
     """Layer names as `key:path`, so that equal layers of several models stay apart."""
     if key is None:
-        return model
+        return replace(model, key=None)
     layers = tuple(
         replace(layer, name=f"{key}:{layer.name}", aliases=tuple(f"{key}:{alias}" for alias in layer.aliases))
         for layer in model.layers
@@ -97,9 +109,9 @@ def _with_key(model: Model, key: str | None) -> Model:
 
 def describe(value: object, models: Iterable[Model]) -> str:
     """In words, what the file holds."""
-    models = list(models)
-    if len(models) > 1:
-        return f"checkpoint of {len(models)} models"
+    count = sum(bool(model.layers) for model in models)
+    if count > 1:
+        return f"checkpoint of {count} models"
     if isinstance(value, Call) and is_module_state(_state_of(value)):
         return "module"
     if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
@@ -115,52 +127,71 @@ def _mapping(value: object) -> Mapping[Any, Any] | None:
     return None
 
 
-def _search(root: object, reader: TensorReader) -> list[_Found]:
+def _search(root: object, reader: TensorReader, budget: Budget, notes: list[str]) -> list[_Found]:
     """Every module and every dictionary that holds tensors directly, outside of training state."""
     found: list[_Found] = []
-    stack: list[tuple[tuple[str, ...], object]] = [((), root)]
     seen: set[int] = set()
-    while stack and len(seen) < MAX_NODES:
-        keys, value = stack.pop()
-        if id(value) in seen or len(keys) > MAX_DEPTH:
+    stack: list[Iterator[tuple[tuple[str, ...], object]]] = [iter([((), root)])]
+    while stack:
+        keys, value = next(stack[-1], ((), None))
+        if value is None:
+            stack.pop()
             continue
-        seen.add(id(value))
-        if isinstance(value, Call) and is_module_state(_state_of(value)):
+        # Several objects may share one state, and a pickle can make a million such objects.
+        state = _state_of(value) if isinstance(value, Call) else None
+        identities = {id(value), id(state)} if state is not None else {id(value)}
+        if seen & identities or len(keys) > MAX_DEPTH:
+            continue
+        if len(seen) > MAX_NODES:
+            notes.append(f"only the first {MAX_NODES:,} objects in the file were searched for models")
+            break
+        seen |= identities
+        if isinstance(value, Call) and is_module_state(state):
             found.append(_Found(keys, module=PickledModule(value, reader)))
             continue
-        mapping = _mapping(value)
-        if mapping is None and isinstance(value, Call) and isinstance(value.state, dict):
-            # An object with a model inside: an EMA wrapper, a trainer.
-            mapping = {name: inner for name, inner in value.state.items() if _is_module(inner) or _mapping(inner)}
+        mapping, is_state = _mapping(value), False
+        if mapping is None and isinstance(state, dict):
+            mapping, is_state = state, True  # an object with a model inside: an EMA wrapper, a trainer
         if mapping is not None:
             if "param_groups" in mapping and "state" in mapping:
                 continue
             item = _Found(keys)
-            inner_values = []
-            for name, inner in mapping.items():
-                if not isinstance(name, str) or _is_training_state(name):
-                    continue
-                tensor = reader.tensor(inner)
-                if tensor is not None:
-                    item.tensors[name] = tensor.array
-                elif isinstance(inner, (dict, list, tuple, Call)):
-                    inner_values.append(((*keys, name), inner))
+            for name, tensor in () if is_state else _tensors_in(mapping, reader):
+                budget.spend_names(sum(map(len, keys)) + len(name))
+                item.tensors[name] = tensor
             if item.tensors:
                 found.append(item)
-            stack += reversed(inner_values)
+            stack.append(_values_in(keys, mapping.items(), reader, only_models=is_state))
         elif isinstance(value, (list, tuple)):
-            stack += reversed(
-                [((*keys, str(place)), inner) for place, inner in enumerate(value) if isinstance(inner, (dict, Call))]
-            )
+            numbered = ((str(place), inner) for place, inner in enumerate(value))
+            stack.append(_values_in(keys, numbered, reader, only_models=True))
     return found
 
 
-def _is_module(value: object) -> bool:
-    return isinstance(value, Call) and is_module_state(_state_of(value))
+def _tensors_in(mapping: Mapping[Any, Any], reader: TensorReader) -> Iterator[tuple[str, ArrayRef]]:
+    for name, inner in mapping.items():
+        if isinstance(name, str) and not _is_training_state(name):
+            tensor = reader.tensor(inner)
+            if tensor is not None:
+                yield name, tensor.array
+
+
+def _values_in(
+    keys: tuple[str, ...], items: Iterable[tuple[Any, Any]], reader: TensorReader, *, only_models: bool
+) -> Iterator[tuple[tuple[str, ...], object]]:
+    """What among named values is to be searched further. only_models: no lists, only objects and dictionaries."""
+    for name, inner in items:
+        if not isinstance(name, str) or _is_training_state(name) or reader.tensor(inner) is not None:
+            continue
+        if isinstance(inner, (dict, Call)) or (isinstance(inner, (list, tuple)) and not only_models):
+            yield (*keys, name), inner
 
 
 def _is_training_state(key: str) -> bool:
-    return bool(TRAINING_STATE.search(key)) and not key.startswith(("model", "module", "state_dict"))
+    """Whether training state is kept under `key`. A path with dots is a parameter's."""
+    if "." in key or key.startswith(("model", "module", "state_dict")):
+        return False
+    return bool(TRAINING_STATE.search(key))
 
 
 def _join_levels(found: list[_Found]) -> list[_Found]:
@@ -193,17 +224,22 @@ def _join_levels(found: list[_Found]) -> list[_Found]:
 
 
 def _state_of(call: Call) -> object:
-    """The attributes an object would get; pickle gives (attributes, slots) where a class has slots."""
+    """The attributes an object would get; pickle gives (attributes, slots) where a class has slots.
+
+    torch.compile's wrapper has none: it is pickled as a call with the module it wraps."""
+    if call.state is None and call.function == COMPILED_MODULE and call.args:
+        call.state = {"_parameters": {}, "_modules": {"_orig_mod": call.args[0]}}
     state = call.state
     return state[0] if isinstance(state, tuple) and len(state) == 2 else state
 
 
 class PickledModule:
-    """A pickled nn.Module, as its inert record."""
+    """A pickled nn.Module, as its inert record. tree: the modules met so far, by identity."""
 
-    def __init__(self, call: Call, reader: TensorReader) -> None:
+    def __init__(self, call: Call, reader: TensorReader, tree: dict[int, PickledModule] | None = None) -> None:
         self._call = call
         self._reader = reader
+        self._tree: dict[int, PickledModule] = {} if tree is None else tree
         state = _state_of(call)
         assert isinstance(state, dict)
         self._state: dict[Any, Any] = state
@@ -221,7 +257,7 @@ class PickledModule:
 
     @property
     def attributes(self) -> Mapping[str, Any]:
-        return {name: value for name, value in self._state.items() if isinstance(name, str)}
+        return self._state
 
     @cached_property
     def _own(self) -> dict[str, Any]:
@@ -233,7 +269,7 @@ class PickledModule:
                     own[name] = tensor
         return own
 
-    @property
+    @cached_property
     def tensors(self) -> Mapping[str, ArrayRef]:
         return {name: tensor.array for name, tensor in self._own.items()}
 
@@ -245,4 +281,6 @@ class PickledModule:
     def children(self) -> Iterable[tuple[str, ModuleRecord]]:
         for name, child in (_mapping(self._state.get("_modules")) or {}).items():
             if isinstance(name, str) and isinstance(child, Call) and is_module_state(_state_of(child)):
-                yield name, PickledModule(child, self._reader)
+                if id(child) not in self._tree:
+                    self._tree[id(child)] = PickledModule(child, self._reader, self._tree)
+                yield name, self._tree[id(child)]

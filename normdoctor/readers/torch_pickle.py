@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import io
 import struct
+import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from normdoctor.errors import InputError
 from normdoctor.layers import Checkpoint, Container, Reference
 from normdoctor.readers import load_calls
 from normdoctor.readers.arrays import ITEM_SIZES, FileStorage, Source, Storage
-from normdoctor.readers.pickle_machine import Call, Pickled, PickleMachine
+from normdoctor.readers.pickle_machine import Pickled, PickleMachine
 from normdoctor.readers.torch_contents import describe, find_models
 from normdoctor.readers.torch_tensors import StorageKey, TensorReader, storage_key
 
@@ -28,9 +29,12 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 
 MAX_INFLATED = 256 << 20
-"""A compressed record is inflated up to this size; torch itself compresses nothing."""
+"""The compressed records of a file are inflated up to this size together; torch itself compresses nothing."""
 
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+END_RECORD = struct.Struct("<4s4H2LH")
+ZIP64_LOCATOR = struct.Struct("<4sLQL")
+ZIP64_END_RECORD = struct.Struct("<4sQ2H2L4Q")
 
 
 def is_zip(source: Source) -> bool:
@@ -50,6 +54,19 @@ def is_legacy(source: Source) -> bool:
         return False
 
 
+def is_tar(source: Source) -> bool:
+    """Whether the file is a tar archive: torch's container before 0.1.10.
+
+    torch looks for one before it looks for a pickle, and the first header can hold both."""
+    if source.size < tarfile.BLOCKSIZE:
+        return False
+    try:
+        tarfile.TarInfo.frombuf(source.read_at(0, tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
 def is_bare_pickle(source: Source) -> bool:
     """Whether the file begins like a pickle of protocol 2 to 5."""
     return source.size >= 2 and source.read_at(0, 1) == b"\x80" and source.read_at(1, 1) in b"\x02\x03\x04\x05"
@@ -61,14 +78,17 @@ def is_bare_pickle(source: Source) -> bool:
 class ZipRecords:
     """The records of a zip file by name, each checked against its own header before it is read.
 
-    Raises InputError for what a loader and a scanner could see differently: two records of one name, a
-    record whose own header names something else."""
+    Raises InputError for what a loader and a scanner could see differently: two records of one name (torch
+    looks names up without regard to case), a name with an end of its own, a record whose own header names
+    something else, a second directory."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        self._inflated = 0
         try:
             with zipfile.ZipFile(source.stream()) as archive:
                 infos = archive.infolist()
+                one_directory = archive.start_dir == self._directory()
         except (
             zipfile.BadZipFile,
             OSError,
@@ -82,21 +102,50 @@ class ZipRecords:
                 f"{source.path}: the zip container is damaged ({error})",
                 "The file is truncated or was not written completely; copy or download it again.",
             ) from None
+        if not one_directory:
+            raise self._misleading("the directory of the zip is not where its end says it is")
         self.infos: dict[str, zipfile.ZipInfo] = {}
+        seen: set[str] = set()
         for info in infos:
-            if info.filename in self.infos:
-                raise InputError(
-                    f"{source.path}: two records are both named {info.filename}",
-                    "Loaders disagree on which one counts, so this file was made to mislead; do not load it.",
-                )
+            # zipfile cuts a name at a zero byte and, from Python 3.12 on, lets an extra field replace it.
+            if info.filename.lower() in seen or info.filename != info.orig_filename:
+                raise self._misleading(f"two records can be read as {info.filename}")
+            seen.add(info.filename.lower())
             self.infos[info.filename] = info
+
+    def _directory(self) -> int | None:
+        """Where the end of the file says the directory begins. zipfile looks in front of the end instead, torch
+        does not: a file with two directories shows them two contents."""
+        tail_size = END_RECORD.size  # torch writes no comment behind it
+        tail = self.source.read_at(self.source.size - tail_size, tail_size)
+        if not (tail.startswith(b"PK\x05\x06") and tail.endswith(b"\0\0")):
+            tail_size = min(self.source.size, END_RECORD.size + 0xFFFF)
+            tail = self.source.read_at(self.source.size - tail_size, tail_size)
+        place = tail.rfind(b"PK\x05\x06", 0, tail_size - END_RECORD.size + 4)
+        end = self.source.size - tail_size + place
+        *_, start, _ = END_RECORD.unpack(self.source.read_at(end, END_RECORD.size))
+        locator = end - ZIP64_LOCATOR.size
+        if locator < 0 or self.source.read_at(locator, 4) != b"PK\x06\x07":
+            return int(start)
+        _, _, end64, _ = ZIP64_LOCATOR.unpack(self.source.read_at(locator, ZIP64_LOCATOR.size))
+        if end64 != locator - ZIP64_END_RECORD.size:
+            return None
+        return int(ZIP64_END_RECORD.unpack(self.source.read_at(end64, ZIP64_END_RECORD.size))[-1])
+
+    def _misleading(self, how: str) -> InputError:
+        return InputError(
+            f"{self.source.path}: {how}",
+            "Loaders disagree on which one counts, so this file was made to mislead; do not load it.",
+        )
 
     @cached_property
     def root(self) -> str | None:
         """The folder that holds data.pkl, with its slash; None where there is no such record."""
         roots = [name.removesuffix("data.pkl") for name in self.infos if name.endswith("data.pkl")]
         roots = [root for root in roots if root.count("/") <= 1]
-        return min(roots, key=len) if roots else None
+        if len(roots) > 1:
+            raise self._misleading("there are several data.pkl")
+        return roots[0] if roots else None
 
     def data_offset(self, info: zipfile.ZipInfo) -> int:
         """Where the record's bytes begin."""
@@ -125,9 +174,25 @@ class ZipRecords:
             raise self._damaged(info, "is compressed in a way torch does not read")
         if info.file_size > MAX_INFLATED:
             raise self._damaged(info, f"is compressed and would take {info.file_size:,} bytes")
-        return DeflatedStorage(
-            name, FileStorage(name, self.source, offset, info.compress_size), info.file_size, info.CRC
-        )
+        packed = FileStorage(name, self.source, offset, info.compress_size)
+        return DeflatedStorage(name, packed, info.file_size, info.CRC, self.inflate)
+
+    def inflate(self, storage: DeflatedStorage) -> bytes:
+        """What a compressed record holds. Raises InputError where it is damaged, or the file asks for too much."""
+        self._inflated += storage.nbytes
+        if self._inflated > MAX_INFLATED:
+            raise InputError(
+                f"{self.source.path}: its compressed records take more than {MAX_INFLATED:,} bytes",
+                "torch compresses nothing; unpack the zip and pack it again without compression.",
+            )
+        machine = zlib.decompressobj(-15)
+        try:
+            data = machine.decompress(storage.packed.read(0, storage.packed.nbytes), storage.nbytes + 1)
+        except zlib.error:
+            data = b""
+        if len(data) != storage.nbytes or zlib.crc32(data) != storage.crc32:
+            raise self._damaged(self.infos[storage.name], "does not match its checksum")
+        return data
 
     def read(self, name: str) -> bytes:
         storage = self.storage(name)
@@ -150,6 +215,7 @@ class DeflatedStorage:
     packed: FileStorage
     nbytes: int
     crc32: int
+    inflate: Callable[[DeflatedStorage], bytes]
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -157,17 +223,7 @@ class DeflatedStorage:
 
     @cached_property
     def _inflated(self) -> bytes:
-        machine = zlib.decompressobj(-15)
-        try:
-            data = machine.decompress(self.packed.read(0, self.packed.nbytes), self.nbytes + 1)
-        except zlib.error:
-            data = b""
-        if len(data) != self.nbytes or zlib.crc32(data) != self.crc32:
-            raise InputError(
-                f"{self.packed.source.path}: record {self.name} does not match its checksum",
-                "The file is damaged; copy or download it again.",
-            )
-        return data
+        return self.inflate(self)
 
     def read(self, offset: int, count: int) -> bytes:
         return self._inflated[offset : offset + count]
@@ -197,25 +253,25 @@ def read_legacy(source: Source) -> Checkpoint:
     """The checkpoint in a file of torch before 1.6 (or of _use_new_zipfile_serialization=False)."""
     stream = source.stream()
     pickles = [PickleMachine(stream, f"{source.path}: pickle {n} of 5").run() for n in range(1, 6)]
-    magic, protocol, system, _, keys = (pickled.value for pickled in pickles)
+    magic, protocol, _, _, keys = (pickled.value for pickled in pickles)
     if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL or not isinstance(keys, list):
         raise InputError(f"{source.path}: the headers of the legacy container are damaged", "Download it again.")
-    big_endian = isinstance(system, Mapping) and system.get("little_endian") is False
-    places = _legacy_places(source, stream.tell(), keys, pickles[3], big_endian)
+    # The system info may say little_endian: False. torch writes and reads the data little-endian all the same:
+    # https://github.com/pytorch/pytorch/blob/v2.6.0/torch/csrc/serialization.cpp
+    places = _legacy_places(source, stream.tell(), keys, pickles[3])
 
     def storage_of(key: StorageKey) -> Storage:
         if key.key not in places:
             raise InputError(f"{source.path}: the storage {key.key} is missing", "Download the file again.")
         return places[key.key]
 
-    return _checkpoint(source, Container.LEGACY, pickles, pickles[3], TensorReader(storage_of, big_endian))
+    return _checkpoint(source, Container.LEGACY, pickles, pickles[3], TensorReader(storage_of, big_endian=False))
 
 
-def _legacy_places(
-    source: Source, position: int, keys: list[object], pickled: Pickled, big_endian: bool
-) -> dict[str, FileStorage]:
+def _legacy_places(source: Source, position: int, keys: list[object], pickled: Pickled) -> dict[str, FileStorage]:
     """Where each storage lies. The file gives counts of elements; their size comes from the pickle alone."""
-    item_sizes = {key.key: ITEM_SIZES[key.dtype] for key in _storage_keys(pickled)}
+    used = filter(None, map(storage_key, pickled.persistent_ids))
+    item_sizes = {key.key: ITEM_SIZES[key.dtype] for key in used}
     places: dict[str, FileStorage] = {}
     for key in keys:
         if not isinstance(key, str) or key not in item_sizes:
@@ -224,7 +280,7 @@ def _legacy_places(
             )
         if key in places:
             raise InputError(f"{source.path}: the storage {key} is listed twice", "The file is damaged or hostile.")
-        count = int.from_bytes(source.read_at(position, 8), "big" if big_endian else "little", signed=True)
+        count = int.from_bytes(source.read_at(position, 8), "little", signed=True)
         nbytes = count * item_sizes[key]
         if count < 0 or position + 8 + nbytes > source.size:
             raise InputError(
@@ -234,21 +290,6 @@ def _legacy_places(
         places[key] = FileStorage(key, source, position + 8, nbytes)
         position += 8 + nbytes
     return places
-
-
-def _storage_keys(pickled: Pickled) -> Iterator[StorageKey]:
-    for call in pickled.calls:
-        for argument in _arguments(call):
-            key = storage_key(argument)
-            if key is not None:
-                yield key
-
-
-def _arguments(call: Call) -> Iterator[object]:
-    yield from call.args
-    for argument in call.args:
-        if isinstance(argument, tuple):  # _rebuild_from_type_v2(function, type, args, state)
-            yield from argument
 
 
 # both

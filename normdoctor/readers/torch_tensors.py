@@ -63,11 +63,9 @@ def storage_key(record: object) -> StorageKey | None:
     dtype = STORAGE_TYPES.get(storage_type.name)
     if dtype is None or not storage_type.module.startswith("torch") or not isinstance(key, str):
         return None
-    if not isinstance(elements, int) or elements < 0:
-        return None
     view = value[5] if len(value) > 5 else None
-    offset = view[1] if isinstance(view, tuple) and len(view) == 3 and isinstance(view[1], int) else 0
-    if offset < 0:
+    offset = view[1] if isinstance(view, tuple) and len(view) == 3 else 0
+    if not _is_int64(elements) or not _is_int64(offset) or min(elements, offset) < 0:
         return None
     return StorageKey(key, dtype, elements, offset)
 
@@ -114,7 +112,7 @@ class TensorReader:
         if key is None:
             return None
         offset, shape, strides = args[1], _sizes(args[2]), _sizes(args[3])
-        if not isinstance(offset, int) or shape is None or strides is None:
+        if not _is_int64(offset) or shape is None or strides is None:
             raise InputError(f"a tensor in storage {key.key} has no sensible shape", "The file is damaged or hostile.")
         dtype = key.dtype if dtype is None else dtype
         if dtype not in ITEM_SIZES:
@@ -133,8 +131,11 @@ class TensorReader:
 def _sizes(record: object) -> tuple[int, ...] | None:
     if isinstance(record, Call):  # torch.Size(...)
         record = record.args[0] if record.args else None
-    if isinstance(record, list):
-        record = tuple(record)
-    if not isinstance(record, tuple) or len(record) > 64 or not all(type(n) is int for n in record):
+    if not isinstance(record, (tuple, list)) or len(record) > 64 or not all(map(_is_int64, record)):
         return None
-    return record
+    return tuple(record)
+
+
+def _is_int64(value: object) -> bool:
+    """Beyond 64 bits a product of sizes takes seconds, and Python refuses to print one."""
+    return type(value) is int and -(2**63) <= value < 2**63

@@ -19,10 +19,11 @@ from normdoctor.reports.text import printable
 STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.INFO: "bold cyan"}
 INDENT = 9
 LAYERS_SHOWN = 10
+CODES_SHOWN = 2
 BARS = "▁▂▃▄▅▆▇█"
 PLAIN_BARS = "_.-=oO0@"
 BINS = 5
-MIN_NAME = 12
+MIN_NAME, ROOMY_NAME = 12, 24
 
 SHORT_KINDS = {
     NormKind.BATCH: "BN",
@@ -137,9 +138,9 @@ class _Page:
             ("findings", "left", [self._codes(layer) for layer in layers]),
         ]
         columns = [column for column in columns if column[0] in ("layer", "findings") or any(column[2])]
-        gap = 2
-        others = sum(max(len(cell) for cell in (title, *cells)) + gap for title, _, cells in columns[1:])
-        room = max(MIN_NAME, self.console.width - others)
+        others = sum(max(len(cell) for cell in (title, *cells)) for title, _, cells in columns[1:])
+        gap = 2 if self.console.width - others - 2 * len(columns) >= ROOMY_NAME else 1
+        room = max(MIN_NAME, self.console.width - others - gap * len(columns))
         table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), collapse_padding=True, header_style="bold")
         for title, side, _ in columns:
             table.add_column(title, justify="right" if side == "right" else "left", no_wrap=title != "findings")
@@ -152,7 +153,10 @@ class _Page:
         self._line()
 
     def _codes(self, layer: NormLayer) -> str:
-        return " ".join(sorted({f.code for f in self.report.findings if f.layer == layer.name}))
+        """The worst two codes and how many more there are."""
+        codes = list(dict.fromkeys(f.code for f in self.report.findings if f.layer == layer.name))
+        more = f" +{len(codes) - CODES_SHOWN}" if len(codes) > CODES_SHOWN else ""
+        return " ".join(codes[:CODES_SHOWN]) + more
 
     def _worst(self, layer: NormLayer) -> int:
         return max((f.severity for f in self.report.findings if f.layer == layer.name), default=0)

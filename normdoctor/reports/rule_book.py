@@ -24,6 +24,12 @@ def write_table(stream: TextIO) -> None:
     console.print("\nnormdoctor explain CODE says more about each.", markup=False)
 
 
+def as_markdown() -> str:
+    """A table for READMEs: code, name, severity and first line of each rule."""
+    rows = [f"| {rule.code} | {rule.name} | {rule.severity} | {rule.title} |" for rule in RULES]
+    return "\n".join(["| code | name | severity | what it says |", "| --- | --- | --- | --- |", *rows]) + "\n"
+
+
 def as_json() -> str:
     entries = [
         {

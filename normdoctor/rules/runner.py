@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from normdoctor.findings import (
     ASSUMABLE_FIELDS,
@@ -71,8 +72,9 @@ def examine(
     shown = {layer.name for model in models for layer in model.layers if wanted(layer)}
     findings: list[Finding] = []
     skips: list[Skip] = []
+    variants: Variants = {}
     for rule in rules:
-        run = _Run(rule, checkpoint, settings)
+        run = _Run(rule, checkpoint, settings, variants)
         if rule.scope is Scope.FILE:
             run.on_file()
         else:
@@ -97,11 +99,15 @@ def examine(
     )
 
 
+Variants = dict[tuple[Any, ...], NormLayer]
+
+
 class _Run:
     """One rule going over one file."""
 
-    def __init__(self, rule: Rule, checkpoint: Checkpoint, settings: Settings) -> None:
+    def __init__(self, rule: Rule, checkpoint: Checkpoint, settings: Settings, variants: Variants) -> None:
         self.rule = rule
+        self._variants = variants
         self.checkpoint = checkpoint
         self.settings = settings
         self.limits = {**rule.limits, **settings.limits.get(rule.code, {})}
@@ -124,7 +130,7 @@ class _Run:
             missing = self._gaps(layer)
             if missing is None:
                 continue
-            if self._vectors and len(set(layer.lengths.values())) > 1:
+            if self._vectors and not layer.lengths_agree:
                 missing = (*missing, "equal lengths")  # C311 says it; nobody else can calculate with them
             assumed = {}
             if self.rule.assumes and self.settings.assume:
@@ -133,7 +139,7 @@ class _Run:
             if missing:
                 self._missing[layer.name] = missing
                 continue
-            ready.append((_filled(layer, assumed), assumed))
+            ready.append((self._variant(layer, assumed), assumed))
         if not ready:
             return
         self._applied = True
@@ -158,6 +164,15 @@ class _Run:
             if name in DECLARED_ABSENT and (DECLARED_ABSENT[name](layer) or _never_has(name, layer)):
                 return None
         return missing
+
+    def _variant(self, layer: NormLayer, assumed: Mapping[str, float]) -> NormLayer:
+        """The layer with what is assumed of it, made once for all rules that assume the same."""
+        if not assumed:
+            return layer
+        key = (id(layer), *assumed)
+        if key not in self._variants:
+            self._variants[key] = _filled(layer, assumed)
+        return self._variants[key]
 
     def _context(self, model: Model) -> Context:
         return Context(model=model, limits=self.limits, precision=self.settings.precision)
@@ -214,9 +229,7 @@ def _never_has(name: str, layer: NormLayer) -> bool:
 
 def _with_given(model: Model, settings: Settings) -> Model:
     """The model with the user's eps and momentum wherever the file is silent."""
-    given = {
-        name: getattr(settings, name) for name in ASSUMABLE_FIELDS if getattr(settings, name) is not None
-    }
+    given = {name: getattr(settings, name) for name in ASSUMABLE_FIELDS if getattr(settings, name) is not None}
     if not given:
         return model
     layers = tuple(

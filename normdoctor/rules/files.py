@@ -1,0 +1,64 @@
+"""F: the file itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from normdoctor.findings import Confidence, Context, Observation, Rule, Scope, Severity, rule
+from normdoctor.layers import Checkpoint, Danger
+from normdoctor.rules.wording import names, plural
+
+SEVERITY = {
+    Danger.MODULE_CLASS: Severity.INFO,
+    Danger.DATA_CLASS: Severity.WARNING,
+    Danger.OTHER: Severity.ERROR,
+}
+
+MEANING = {
+    Danger.MODULE_CLASS: "classes of modules, which a pickled module needs",
+    Danger.DATA_CLASS: "classes of libraries that have no part in a model",
+    Danger.OTHER: "functions that no checkpoint needs",
+}
+
+
+@rule(
+    "F901",
+    "runs-code-on-load",
+    severity=Severity.ERROR,
+    confidence=Confidence.HIGH,
+    scope=Scope.FILE,
+    why="torch.load(weights_only=False) calls whatever the file names, before any check of yours.",
+    fix="load it with weights_only=True only; from a source you trust, save the state_dict again as safetensors",
+    reference="https://pytorch.org/docs/stable/notes/serialization.html",
+)
+def runs_code_on_load(checkpoint: Checkpoint, context: Context) -> Iterator[Observation]:
+    """Loading the file with torch would call something beside torch's own rebuild functions and containers.
+
+    A pickle is a program. Nothing of it was run here; these are the calls it asks for. Classes of modules are
+    what a whole pickled model consists of (info). Data classes of other libraries, such as numpy scalars,
+    configurations or loggers, mean that training state was saved along (warning). Anything else has no
+    business in a checkpoint: os.system, eval, getattr chains, functions of torch itself that run commands
+    (error; do not load such a file).
+
+    Example: would call posix.system on torch.load.
+    """
+    if not checkpoint.load_calls:
+        return
+    groups: dict[Danger, list[str]] = {danger: [] for danger in reversed(Danger)}
+    for call in checkpoint.load_calls:
+        if call.name not in groups[call.danger]:
+            groups[call.danger].append(call.name)
+    found = {danger: listed for danger, listed in groups.items() if listed}
+    worst = next(iter(found))
+    said = [f"{names(listed)} ({MEANING[danger]})" for danger, listed in found.items()]
+    total = sum(map(len, found.values()))
+    yield Observation(
+        message=f"torch.load(weights_only=False) would call {plural(total, 'name')}: {'; '.join(said)}.",
+        evidence={danger.name.lower(): listed for danger, listed in found.items()},
+        severity=SEVERITY[worst],
+        fix="do not load this file with torch; ask where it comes from" if worst is Danger.OTHER else None,
+        rank=float(worst.value),
+    )
+
+
+RULES: tuple[Rule, ...] = (runs_code_on_load,)

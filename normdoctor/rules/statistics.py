@@ -1,0 +1,845 @@
+"""S: running_mean and running_var broken, stale or lost."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from normdoctor.findings import Confidence, Context, Observation, Rule, Scope, Severity, rule
+from normdoctor.layers import TRACKING_KINDS, NormKind, NormLayer, Vector
+from normdoctor.rules.decay import (
+    SMALLEST_NORMAL,
+    flushed,
+    left_of_one,
+    on_the_floor,
+    plain_momentum,
+    residue,
+    started_elsewhere,
+)
+from normdoctor.rules.guards import (
+    carries_signal,
+    distance,
+    exported,
+    for_size,
+    frozen,
+    frozen_class,
+    median,
+    usable_eps,
+)
+from normdoctor.rules.wording import both, number, percent, plural, some_of, where
+
+BATCHNORM_PAPER = "https://arxiv.org/abs/1502.03167"
+
+REESTIMATE = "re-estimate the buffers on training data (torch.optim.swa_utils.update_bn(loader, model)) and save again"
+
+
+@rule(
+    "S100",
+    "untrained-model",
+    severity=Severity.INFO,
+    confidence=Confidence.HIGH,
+    scope=Scope.MODEL,
+    why="Nothing that needs training can be judged, so S103, A203 and A204 keep silent.",
+    fix="none if the model is meant to be fresh; otherwise make sure the weights were loaded before saving",
+    reference="https://github.com/matterport/Mask_RCNN/issues/753",
+)
+def untrained_model(layers: tuple[NormLayer, ...], context: Context) -> Iterator[Observation]:
+    """Every norm layer still holds exactly what it was created with.
+
+    Mean 0, variance 1, gain 1 (or 0, for blocks that start as the identity), shift 0, in all layers at once,
+    and no counter says that a batch went through. Either the model was never trained, or loading the weights
+    failed without a word and a fresh model was saved again.
+
+    Harmless for a model that is meant to be fresh. A transformer whose gains were folded into the next
+    weights (QuaRot, SliceGPT) looks the same. Example: 53 BatchNorms, all of them 0, 1, 1, 0.
+    """
+    if context.model.untrained:
+        yield Observation(
+            message=(
+                f"{plural(len(layers), 'norm layer')}, and all hold what they were created with: "
+                "mean 0, variance 1, gain 1 (or 0), shift 0."
+            ),
+            evidence={"layers": len(layers)},
+        )
+
+
+@rule(
+    "S101",
+    "nonfinite-stats",
+    severity=Severity.ERROR,
+    confidence=Confidence.HIGH,
+    kinds=TRACKING_KINDS,
+    needs=("running_mean", "running_var"),
+    why="Every eval output of these channels is NaN or constant, although training looks normal.",
+    fix=f"no data-free repair exists: {REESTIMATE}; never fold such a layer",
+    reference="https://github.com/pytorch/pytorch/issues/90342",
+)
+def nonfinite_stats(layer: NormLayer, context: Context) -> Iterator[Observation]:
+    """A running mean or variance is NaN or infinite.
+
+    One bad batch is enough: the moving average keeps (1 - momentum) * NaN for ever, while training mode
+    normalises with the batch's own numbers and never looks at the buffer. Mixed-precision overflow and
+    batches of one value per channel (variance of one number) are the usual causes; in a half-precision file
+    it is often a variance above 65504 that became infinite when the model was cast.
+
+    Example: running_var has 3 NaN of 256 channels; the loss recovered two steps later, eval never did.
+    """
+    mean, var = layer.numbers.mean, layer.numbers.var
+    assert mean is not None and var is not None
+    bad = ~(np.isfinite(mean) & np.isfinite(var))
+    if not bad.any():
+        return
+    counts = {
+        "running_mean_nan": int(np.isnan(mean).sum()),
+        "running_mean_inf": int(np.isinf(mean).sum()),
+        "running_var_nan": int(np.isnan(var).sum()),
+        "running_var_inf": int(np.isinf(var).sum()),
+    }
+    words = [f"{count} {key[-3:].replace('nan', 'NaN')} in {key[:-4]}" for key, count in counts.items() if count]
+    channels = where(bad)
+    yield Observation(
+        message=f"{' and '.join(words)}: {some_of(channels, len(bad))}.",
+        channels=channels,
+        evidence=counts,
+        rank=len(channels) / len(bad),
+    )
+
+
+@rule(
+    "S102",
+    "negative-variance",
+    severity=Severity.ERROR,
+    confidence=Confidence.HIGH,
+    kinds=TRACKING_KINDS,
+    needs=("running_var",),
+    why="A variance cannot be negative: eval divides by NaN, or by less than the real spread.",
+    fix=f"{REESTIMATE}; clamping to 0 only hides it",
+    reference="https://github.com/shicai/MobileNet-Caffe/issues/87",
+    limits={"near_eps": 0.01},
+)
+def negative_variance(layer: NormLayer, context: Context) -> Iterator[Observation]:
+    """A running variance is below zero.
+
+    Causes: a converter that subtracts eps from a variance of 0 (the value is then almost exactly -eps),
+    E[x^2] - E[x]^2 in float32 for a mean far from 0, extrapolated or merged checkpoints, debiasing by
+    subtraction. Between -eps and 0 the square root still works and the gain is merely too large, which is
+    no better: the number is not a variance.
+
+    Example: -1e-05 in 3 of 64 channels of a converted MobileNet, whose framework had added eps before saving.
+    """
+    var = layer.numbers.var
+    assert var is not None
+    bad = var < 0
+    if not bad.any():
+        return
+    finite = bad & np.isfinite(var)
+    lowest = float(var[finite].min()) if finite.any() else None
+    message = f"running_var is negative in {some_of(where(bad), len(var))}"
+    if lowest is not None:
+        message += f", down to {number(lowest)} in channel {int(np.flatnonzero(var == lowest)[0])}"
+    evidence: dict[str, float | int | None] = {"lowest": lowest}
+    eps = usable_eps(layer)
+    known = [eps] if eps else []
+    cause = next((e for e in (*known, 1e-5, 1e-3) if _near(var[finite], -e, context.limits["near_eps"])), None)
+    if eps is not None:
+        nan = int((var[bad] + eps < 0).sum())
+        evidence["nan_with_eps"] = nan
+        message += f"; with eps {number(eps)} eval gives " + (f"NaN in {nan} of them" if nan else "too much gain")
+    if cause is not None:
+        evidence["eps_subtracted"] = cause
+        message += f". That is -eps for eps {number(cause)}: a converter subtracted it"
+    channels = where(bad)
+    yield Observation(message=message + ".", channels=channels, evidence=evidence, rank=len(channels) / len(bad))
+
+
+def _near(values: Vector, target: float, tolerance: float) -> bool:
+    return bool(values.size) and bool((np.abs(values - target) <= tolerance * abs(target)).any())
+
+
+@rule(
+    "S103",
+    "never-updated-stats",
+    severity=Severity.ERROR,
+    confidence=Confidence.HIGH,
+    kinds=TRACKING_KINDS,
+    needs=("running_mean", "running_var"),
+    even_untrained=False,
+    why="Eval does not normalise at all: it passes on whatever scale and offset the weights produce.",
+    fix=REESTIMATE,
+    reference="https://github.com/pytorch/pytorch/issues/16793",
+)
+def never_updated_stats(layer: NormLayer, context: Context) -> Iterator[Observation]:
+    """running_mean is exactly 0 and running_var exactly 1 in every channel of a trained network.
+
+    These are the values a layer is created with. Causes: trained in eval mode from scratch, momentum 0,
+    buffers dropped on load (strict=False), a reset without re-estimation. A converted model that merged its
+    statistics into gamma and beta by design looks the same; then gamma and beta carry the statistics.
+
+    Only a warning where the file has no counter to confirm it. Example: a digits CNN went from 99.2 % to
+    29.3 % accuracy in eval mode.
+    """
+    if not layer.numbers.default_statistics:
+        return
+    updates = layer.numbers.updates
+    if updates is None:
+        severity, counted = Severity.WARNING, "the file has no update counter"
+    elif updates > 0:
+        severity, counted = None, f"although {updates:,.0f} batches were counted, so momentum was 0"
+    else:
+        severity, counted = None, "0 batches were counted"
+    yield Observation(
+        message=f"running_mean is 0 and running_var is 1 in all {layer.channels} channels; {counted}.",
+        channels=range(layer.channels),
+        evidence={"num_batches_tracked": updates},
+        severity=severity,
+    )
+
+
+@rule(
+    "S104",
+    "warmup-residue",
+    severity=Severity.ERROR,
+    confidence=Confidence.HIGH,
+    kinds=TRACKING_KINDS,
+    needs=("running_mean", "running_var", "num_batches_tracked", "momentum"),
+    why="Eval divides by the wrong spread; training never notices.",
+    fix="normdoctor recalibrate {path} --method debias -o {fixed}      (no data needed)",
+    reference=BATCHNORM_PAPER,
+    limits={"error": 0.10, "warning": 0.01, "info": 0.001},
+)
+def warmup_residue(layer: NormLayer, context: Context) -> Iterator[Observation]:
+    """A known share q = (1 - momentum)^updates of the running statistics is still their initial value.
+
+    The buffers start at mean 0 and variance 1 and move by `momentum` towards each batch, so after t updates
+    exactly (1 - momentum)^t of what they hold is that 0 and 1. The true values follow without any data:
+    mean / (1 - q) and (var - q) / (1 - q). If the run started from another checkpoint's buffers, the same
+    share belongs to those instead.
+
+    Silent where a variance is smaller than q: buffers that started at 1 cannot be (see S115).
+
+    Example: momentum 0.001 after 216 updates leaves 81 %; accuracy 27.6 %, 98.0 % after debiasing without data.
+    """
+    momentum, updates = plain_momentum(layer), layer.numbers.updates
+    if momentum is None or updates is None or updates < 1:
+        return
+    left = residue(momentum, updates)
+    limits = context.limits
+    if left < limits["info"] or layer.numbers.default_statistics or started_elsewhere(layer, left):
+        return  # S103 and S115 say it
+    severity = Severity.INFO
+    if left >= limits["error"]:
+        severity = Severity.ERROR
+    elif left >= limits["warning"]:
+        severity = Severity.WARNING
+    doubt = confidence = None
+    if frozen(layer):
+        severity, doubt = severity.lowered(), " Frozen by design?"
+    elif context.model.averaged:  # averaging weights often averages the counter too, and truncates it
+        severity, confidence = min(severity, Severity.WARNING), Confidence.LOW
+        doubt = f" The counter may be an average itself ({context.model.averaged})."
+    yield Observation(
+        message=(
+            f"{percent(left)} of running_mean and running_var is still the 0 and 1 they were created with "
+            f"(momentum {number(momentum)}, {updates:,.0f} updates).{doubt or ''}"
+        ),
+        evidence={"residue": left, "momentum": momentum, "num_batches_tracked": updates},
+        severity=severity,
+        confidence=confidence,
+        rank=left,
+    )
+
+
+@rule(
+    "S105",
+    "never-active-channel",
+    severity=Severity.WARNING,
+    confidence=Confidence.HIGH,
+    kinds=TRACKING_KINDS,
+    needs=("running_var",),
+    why="The input of these channels never varied in training, so they give a constant and cost time.",
+    fix="none needed; they can be pruned (keep their constant output). Do not recalibrate them alone",
+    reference="https://github.com/deepinsight/insightface/issues/277",
+    limits={"share": 0.05, "near": 1e-5, "near_when_tiny": 1e-3},
+)
+def never_active_channel(layer: NormLayer, context: Context) -> Iterator[Observation]:
+    """A running variance is only what the decay of its initial 1 has left: no batch ever added to it.
+
+    After t updates without any variance the buffer is (1 - momentum)^t. That falls until rounding stops it
+    at k * 2^-149, where k tells the momentum: 4 for 0.1 (printed 5.605e-45), 16 for 0.03, 50 for 0.01, 166
+    for 0.003, 500 for 0.001. Where tiny numbers are flushed it ends at exactly 0.
+
+    Info below 5 % of the channels: good published networks have them (14 of 32 in one layer of an ImageNet
+    MobileNetV2, 34 of 17,056 overall). A variance like 1e-14 is another thing, weights that decayed: S106.
+    Example: 5.605e-45 in 3 of 64 channels, so momentum was 0.1 and nothing varied for 1,000 batches or more.
+    """
+    var = layer.numbers.var
+    assert var is not None
+    least = float(var.min())
+    if layer.numbers.default_statistics or least > 1:
+        return
+    limits = context.limits
+    hits = [left_of_one(layer, var, near=limits["near"], near_when_tiny=limits["near_when_tiny"])]
+    if not least >= SMALLEST_NORMAL:  # smaller, or NaN somewhere
+        hits += [on_the_floor(layer, var), flushed(layer, var)]
+    found = [(mask, momentum) for mask, momentum in hits if mask.any()]
+    if not found:
+        return
+    dead = np.logical_or.reduce([mask for mask, _ in found])
+    momentum = next((momentum for _, momentum in found if momentum is not None), None)
+    channels = where(dead)
+    share = len(channels) / len(var)
+    value = float(var[dead].max())
+    said = "" if momentum is None else f"; it shows a momentum of {number(momentum)}"
+    if momentum is not None and plain_momentum(layer) not in (None, momentum):
+        said += f", not the {layer.momentum:g} in the file"
+    what = "exactly 0" if value == 0 else f"{number(value)}, what is left of the initial 1"
+    yield Observation(
+        message=f"running_var is {what} in {some_of(channels, len(var))}{said}.",
+        channels=channels,
+        evidence={"share": share, "largest": value, "momentum_shown": momentum},
+        severity=Severity.WARNING if share >= limits["share"] else Severity.INFO,
+        rank=share,
+    )
+
+
+@rule(
+    "S106",
+    "variance-below-eps",
+    severity=Severity.INFO,
+    confidence=Confidence.HIGH,
+    kinds=TRACKING_KINDS,
+    needs=("running_var", "eps"),
+    why="eps and not the data sets the gain there, so a framework with another eps gives other outputs.",
+    fix="keep eps as it is on export and conversion; prune silent channels; do not clamp the variance",
+    reference="https://github.com/pytorch/vision/issues/648",
+    limits={"signal": 0.01},
+)
+def variance_below_eps(layer: NormLayer, context: Context) -> Iterator[Observation]:
+    """A running variance is below eps, so eps and not the data sets the channel's gain.
+
+    The gain gamma / sqrt(var + eps) can then be at most gamma / sqrt(eps): 316 * gamma for 1e-5, 31.6 *
+    gamma for 1e-3. Mostly the channel is dead (its weights decayed, a ReLU before it never opens), and its
+    output is the constant beta: info.
+
+    A warning where the channel still carries signal, that is where gamma * sqrt(var / (var + eps)), the
+    spread of its output, exceeds 1 % of the layer's typical gamma. Example: variance 1.9e-07 with gamma 5.6
+    and eps 1e-05 gives a gain of 1,756; with eps 1e-03 it would be 177.
+    """
+    var, eps = layer.numbers.var, usable_eps(layer)
+    assert var is not None
+    if eps is None:
+        return
+    below = (var >= 0) & (var < eps)
+    if not below.any():
+        return
+    alive = below & carries_signal(layer, eps, context.limits["signal"])
+    silent = where(below & ~alive)
+    channels = where(alive) or silent
+    scale = layer.numbers.scale(eps)
+    worst = max(channels, key=lambda channel: np.nan_to_num(abs(scale[channel]), nan=-1.0))
+    other = 1e-5 if eps >= 1e-3 else 1e-3
+    here = float(scale[worst])
+    there = float(layer.numbers.gain[worst]) / math.sqrt(float(var[worst]) + other)
+    listed = some_of(channels, len(below))
+    message = f"running_var is below eps {number(eps)} in {listed}, none of which carries signal."
+    if alive.any():
+        message = (
+            f"running_var is below eps {number(eps)} in {listed} that carry signal: channel {worst} is "
+            f"multiplied by {number(here)}, with eps {number(other)} it would be {number(there)}."
+        )
+        if silent:
+            message += f" Also in {plural(len(silent), 'silent channel')}."
+    yield Observation(
+        message=message,
+        channels=channels,
+        evidence={
+            "eps": eps,
+            "smallest": float(var[below].min()),
+            "worst_channel": worst,
+            "gain": here if math.isfinite(here) else None,
+            "gain_with_other_eps": there if math.isfinite(there) else None,
+            "silent_channels": silent,
+        },
+        severity=Severity.WARNING if alive.any() else Severity.INFO,
+        rank=np.count_nonzero(alive) + np.count_nonzero(below) / (1 + len(below)),
+    )
+
+
+@rule(
+    "S108",
+    "mean-dominates",
+    severity=Severity.INFO,
+    confidence=Confidence.HIGH,
+    kinds=TRACKING_KINDS,
+    needs=("running_mean", "running_var"),
+    why="Subtracting two nearly equal numbers loses digits: the error grows by the ratio of mean to spread.",
+    fix="look for a large bias before the norm or inputs not normalised; keep this layer in float32",
+    reference="https://doi.org/10.1080/00031305.1983.10483115",
+    limits={"info": 10.0, "warning": 100.0, "share": 0.05},
+)
+def mean_dominates(layer: NormLayer, context: Context) -> Iterator[Observation]:
+    """Running means lie many standard deviations away from zero.
+
+    The layer computes x - mean; where the mean is r standard deviations from 0, the result carries a relative
+    error of about r * 2^-24 in float32, r * 2^-11 in float16, r * 2^-8 in bfloat16. Typical causes: a large
+    bias in the convolution before, raw 0-255 inputs, the all-positive output of an activation with little
+    variation.
+
+    Healthy public networks mostly stay below 5. Example: means of 59 standard deviations in 5 of 96 channels.
+    """
+    far = distance(layer)
+    limits = context.limits
+    mask = far > limits["info"]
+    if np.count_nonzero(mask) < limits["share"] * len(far) or not mask.any():
+        return
+    very = np.count_nonzero(far > limits["warning"])
+    worst = int(np.argmax(far))
+    channels = where(mask)
+    yield Observation(
+        message=(
+            f"The mean is more than {limits['info']:g} standard deviations from 0 in "
+            f"{some_of(channels, len(far))}; {number(far[worst])} in channel {worst}."
+        ),
+        channels=channels,
+        evidence={"largest": float(far[worst]), "share": len(channels) / len(far)},
+        severity=Severity.WARNING if very and very >= limits["share"] * len(far) else Severity.INFO,
+        rank=float(far[worst]),
+    )
+
+
+@rule(
+    "S109",
+    "variance-spread",
+    severity=Severity.INFO,
+    confidence=Confidence.MEDIUM,
+    kinds=TRACKING_KINDS,
+    needs=("running_var",),
+    why="One channel with a far larger spread takes the whole range of a per-tensor quantiser.",
+    fix="look at the channel's weights or inputs; quantise this layer per channel",
+    reference="https://arxiv.org/abs/1906.04721",
+    limits={"info": 1e3, "warning": 1e6},
+)
+def variance_spread(layer: NormLayer, context: Context) -> Iterator[Observation]:
+    """The largest running variance is more than a thousand times the layer's median.
+
+    One exploding channel, or inputs in mixed units. Only channels that carry signal are compared, and only
+    layers of 8 channels or more (info at most below 16). Healthy networks measured so far stay below 700.
+
+    Example: one channel at 2.1e+07 in a layer whose median is 0.4.
+    """
+    var = layer.numbers.var
+    assert var is not None
+    severity = for_size(len(var), Severity.WARNING)
+    live = layer.numbers.live
+    if severity is None or not live.any():
+        return
+    values = var[live]
+    largest = float(values.max())
+    limits = context.limits
+    if largest <= limits["info"] * float(values.min()):
+        return  # then it is nearer still to the median
+    middle = median(values)
+    ratio = largest / middle
+    if ratio <= limits["info"]:
+        return
+    channels = where(live & (var > limits["info"] * middle))
+    yield Observation(
+        message=(
+            f"running_var reaches {number(largest)}, {number(ratio)} times the layer's median: "
+            f"{some_of(channels, len(var))}."
+        ),
+        channels=channels,
+        evidence={"ratio": ratio, "largest": largest, "median": middle},
+        severity=severity if ratio > limits["warning"] else Severity.INFO,
+        rank=ratio,
+    )
+
+
+@rule(
+    "S110",
+    "counter-disagreement",
+    severity=Severity.WARNING,
+    confidence=Confidence.HIGH,
+    kinds=TRACKING_KINDS,
+    needs=("num_batches_tracked",),
+    scope=Scope.MODEL,
+    why="This layer saw other batches than its neighbours, so its statistics may belong to another time.",
+    fix=f"find out when it was frozen, inserted or loaded; if by mistake: {REESTIMATE}",
+    reference="https://github.com/kgl-prml/Contrastive-Adaptation-Network-for-Unsupervised-Domain-Adaptation/issues/7",
+    limits={"calls": 8},
+)
+def counter_disagreement(layers: tuple[NormLayer, ...], context: Context) -> Iterator[Observation]:
+    """num_batches_tracked differs from the commonest value among the layers.
+
+    A smaller count: the layer was frozen for a while or inserted later. A larger one: it came with
+    pretrained weights. An exact multiple only means that the layer is called several times per step, which
+    is said just where the file shows it under several names. An exact half, third, ... may be the layer that
+    is called once while the others are called more often (a siamese backbone): info.
+
+    Layers that counted 0 belong to S111 and S103. Example: 19 layers at 25,301, one at 11,200.
+    """
+    counts = {layer: layer.numbers.updates for layer in layers}
+    counted = {layer: int(t) for layer, t in counts.items() if t and t > 0 and t == int(t)}
+    if len(set(counted.values())) < 2:
+        return
+    table = Counter(counted.values())
+    usual = max(table, key=lambda t: (table[t], t))
+    most = context.limits["calls"]
+    for layer, t in counted.items():
+        severity = confidence = None
+        if t == usual:
+            continue
+        if t % usual == 0:
+            if not layer.aliases:
+                continue
+            severity = Severity.INFO
+            meaning = (
+                f"it is used under {len(layer.aliases) + 1} names and called {t // usual} times per step, so "
+                "one set of statistics serves several inputs"
+            )
+        elif usual % t == 0 and usual // t <= most:
+            severity, confidence = Severity.INFO, Confidence.MEDIUM
+            meaning = f"the others are called {usual // t} times per step, or it was frozen or inserted later"
+        elif t < usual:
+            meaning = "it was frozen for a while or inserted later"
+        else:
+            meaning = "it came with pretrained weights"
+        norms = plural(len(layers), "layer")
+        yield Observation(
+            layer=layer,
+            message=f"{t:,} updates, but {usual:,} in {table[usual]} of {norms}: {meaning}.",
+            evidence={"num_batches_tracked": t, "usual": usual, "layers_at_usual": table[usual]},
+            severity=severity,
+            confidence=confidence,
+            rank=abs(math.log(t / usual)),
+        )
+
+
+@rule(
+    "S111",
+    "counter-missing",
+    severity=Severity.INFO,
+    confidence=Confidence.HIGH,
+    kinds=TRACKING_KINDS,
+    needs=("running_mean", "running_var"),
+    why="How much of the initial values is left (S104) cannot be computed without the number of updates.",
+    fix="none needed for inference; before training on, set num_batches_tracked or momentum on purpose",
+    reference="https://pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html",
+)
+def counter_missing(layer: NormLayer, context: Context) -> Iterator[Observation]:
+    """Real statistics, but num_batches_tracked is absent or 0.
+
+    Converted from another framework, or saved before torch 0.4.1 introduced the counter. With
+    momentum=None the first training step would overwrite the statistics, since torch then averages over a
+    count that starts at 0.
+
+    Harmless for inference: six published healthy models have it in every layer. Frozen layers and exported
+    operators have no counter by design and are passed over. Example: 52 layers of a converted MobileNetV2.
+    """
+    updates = layer.numbers.updates
+    if layer.numbers.default_statistics or exported(layer) or frozen_class(layer):
+        return
+    if updates is None and layer.num_batches_tracked is not None:
+        return  # something is stored there, and it is no count
+    if updates is None or updates == 0:
+        said = "num_batches_tracked is " + ("not in the file" if updates is None else "0")
+        risk = ""
+        if layer.momentum == "cumulative":
+            risk = " momentum=None: the first training step would overwrite them."
+        yield Observation(
+            message=f"{said} although running_mean and running_var hold real values.{risk}",
+            evidence={"num_batches_tracked": updates},
+        )
+
+
+@rule(
+    "S113",
+    "low-precision-ema",
+    severity=Severity.WARNING,
+    confidence=Confidence.MEDIUM,
+    kinds=TRACKING_KINDS,
+    needs=("running_mean", "running_var"),
+    why="A moving average kept in 16 bits stops moving once a step is smaller than its last digit.",
+    fix=f"if the model was only cast to 16 bits and back, nothing; otherwise {REESTIMATE} in float32",
+    reference="https://arxiv.org/abs/1710.03740",
+    limits={"channels": 16, "distinct": 8},
+)
+def low_precision_ema(layer: NormLayer, context: Context) -> Iterator[Observation]:
+    """float32 buffers whose values all fit into bfloat16 or float16.
+
+    By chance that happens to one value in thousands. Either the average was kept in 16 bits while training,
+    and then stalls as soon as momentum * |batch - average| is below half of the last digit (with momentum
+    0.01 and a true mean of 10 it stayed at 7.85 in bfloat16), or a finished model was cast down and up again,
+    which costs only rounding. The file cannot tell the two apart; re-estimating settles it.
+
+    Example: all 512 values of a layer have the low 16 bits zero.
+    """
+    mean, var, limits = layer.numbers.mean, layer.numbers.var, context.limits
+    assert mean is not None and var is not None and layer.running_mean is not None and layer.running_var is not None
+    if len(var) < limits["channels"] or {layer.running_mean.dtype, layer.running_var.dtype} != {"float32"}:
+        return
+    used = _bits_used(var)
+    if used > FLOAT16_BITS:
+        return
+    used = max(used, _bits_used(mean))
+    if used > FLOAT16_BITS or np.unique(var).size < limits["distinct"]:
+        return
+    both_vectors = np.abs(np.concatenate([mean, var]))
+    stored = both_vectors[np.isfinite(both_vectors) & (both_vectors > 0)]
+    if used <= BFLOAT16_BITS:
+        kind = "bfloat16"
+    elif stored.size and stored.max() <= np.finfo(np.float16).max and stored.min() >= 2.0**-24:
+        kind = "float16"
+    else:
+        return
+    yield Observation(
+        message=(
+            f"All {2 * len(var)} values of running_mean and running_var fit into {kind} although they are "
+            "stored as float32: the average was kept in 16 bits, or the model was cast down and up again."
+        ),
+        channels=range(len(var)),
+        evidence={"fits": kind, "distinct_variances": int(np.unique(var).size)},
+    )
+
+
+FLOAT16_BITS = 10
+BFLOAT16_BITS = 7
+
+
+def _bits_used(values: Vector) -> int:
+    """How many of float32's 23 fraction bits any of the values uses, counted from the top.
+
+    A subnormal float16 is a normal float32 with still fewer bits, so the count serves both types."""
+    fraction = int(np.bitwise_or.reduce(values.astype(np.float32).view(np.uint32))) & 0x7FFFFF
+    return 23 - ((fraction & -fraction).bit_length() - 1) if fraction else 0
+
+
+@rule(
+    "S115",
+    "momentum-contradiction",
+    severity=Severity.INFO,
+    confidence=Confidence.HIGH,
+    kinds=TRACKING_KINDS,
+    needs=("running_var", "num_batches_tracked", "momentum"),
+    why="How much of the initial values is left is then unknown, so the repair without data is not possible.",
+    fix=f"none needed for inference; to be sure, {REESTIMATE}",
+    reference=BATCHNORM_PAPER,
+)
+def momentum_contradiction(layer: NormLayer, context: Context) -> Iterator[Observation]:
+    """A running variance is smaller than buffers that started at 1 can be after so few updates.
+
+    What started at 1 is never below (1 - momentum)^updates, since no batch has a negative variance. So the
+    momentum was larger once, or the counter was reset, or the buffers came from another checkpoint. S104
+    keeps silent on such a layer and `recalibrate --method debias` refuses it.
+
+    Usual and harmless after fine-tuning a converted model. Example: a variance of 0.02 after 216 updates
+    needs a momentum of at least 0.018; the file says 0.001.
+    """
+    momentum, updates, var = plain_momentum(layer), layer.numbers.updates, layer.numbers.var
+    assert var is not None
+    if momentum is None or not updates or updates < 1:
+        return
+    left = residue(momentum, updates)
+    if left < SMALLEST_NORMAL or layer.numbers.default_statistics or not started_elsewhere(layer, left):
+        return
+    least = float(var[np.isfinite(var) & (var >= 0)].min())
+    if layer.running_var is not None and layer.running_var.dtype == "float16" and left < 1e-6:
+        return  # float16 rounds such a residue to 0 by itself
+    needed = -math.expm1(math.log(least) / updates) if least > 0 else None
+    needs = "" if needed is None else f"; that takes a momentum of at least {number(needed)}"
+    channels = where((var >= 0) & (var < left))
+    yield Observation(
+        message=(
+            f"running_var is {number(least)} after {updates:,.0f} updates with momentum {number(momentum)}, but "
+            f"a buffer that started at 1 cannot be below {number(left)}{needs}."
+        ),
+        channels=channels,
+        evidence={
+            "least": least,
+            "residue": left,
+            "momentum": momentum,
+            "momentum_needed": needed,
+            "num_batches_tracked": updates,
+        },
+        rank=left,
+    )
+
+
+@rule(
+    "S116",
+    "buffers-missing",
+    severity=Severity.WARNING,
+    confidence=Confidence.HIGH,
+    kinds=(NormKind.BATCH,),
+    scope=Scope.MODEL,
+    why="Loaded with strict=False the layer keeps its initial values without a word.",
+    fix="find where the keys were dropped (renaming, filtering) and save again; load with strict=True",
+    reference="https://github.com/mapillary/inplace_abn/issues/130",
+)
+def buffers_missing(layers: tuple[NormLayer, ...], context: Context) -> Iterator[Observation]:
+    """A BatchNorm lacks tensors that its siblings have.
+
+    Keys get lost when a checkpoint is filtered (only parameters saved, so all buffers gone), renamed for
+    another class, or put together from two. A layer that declares affine=False or track_running_stats=False
+    lacks nothing. Only the counter missing is info: it does not enter the output.
+
+    In a bare state_dict where no BatchNorm has statistics it may be track_running_stats=False for all of
+    them: medium confidence. Example: 19 of 20 layers have running_mean and running_var, layer4.1.bn2 has neither.
+    """
+    modules = [layer for layer in layers if not exported(layer)]
+    having = {part: sum(_has(layer, part) for layer in modules) for part in PARTS}
+    for layer in modules:
+        missing = [part for part in PARTS if not _has(layer, part) and not _declares_none(layer, part)]
+        others = len(modules) - 1
+        lost = [part for part in missing if 2 * having[part] > others]
+        confidence = None
+        if not lost and "statistics" in missing and layer.track_running_stats is None and layer.training is None:
+            lost, confidence = ["statistics"], Confidence.MEDIUM
+        if not lost:
+            continue
+        have = min(having[part] for part in lost)
+        words = both([PARTS[part] for part in lost])
+        if have:
+            where_else = f", but in {have} of {others} other BatchNorms"
+        else:
+            where_else = f"{', nor in any other BatchNorm' if others else ''}: dropped, or track_running_stats=False, or another norm named so"
+        yield Observation(
+            layer=layer,
+            message=f"{words}: not in the file{where_else}.",
+            evidence={"missing": lost, "siblings_having": have, "siblings": others},
+            severity=Severity.INFO if lost == ["num_batches_tracked"] else None,
+            confidence=confidence,
+            rank=len(lost),
+        )
+
+
+PARTS = {
+    "statistics": "running_mean and running_var",
+    "weight": "weight",
+    "bias": "bias",
+    "num_batches_tracked": "num_batches_tracked",
+}
+
+
+def _has(layer: NormLayer, part: str) -> bool:
+    if part == "statistics":
+        return layer.running_mean is not None or layer.running_var is not None  # one of them: S117
+    return getattr(layer, part) is not None
+
+
+def _declares_none(layer: NormLayer, part: str) -> bool:
+    if part in ("weight", "bias"):
+        return layer.affine is False
+    if part == "num_batches_tracked" and frozen_class(layer):
+        return True
+    return layer.track_running_stats is False
+
+
+@rule(
+    "S117",
+    "mean-without-variance",
+    severity=Severity.ERROR,
+    confidence=Confidence.HIGH,
+    kinds=TRACKING_KINDS,
+    why="Half of the statistics is no statistics: the other half will be the initial value after loading.",
+    fix="find where the key was dropped or renamed and save again; load with strict=True",
+    reference="https://github.com/facebookresearch/video-nonlocal-net/issues/61",
+)
+def mean_without_variance(layer: NormLayer, context: Context) -> Iterator[Observation]:
+    """A layer has a running_mean but no running_var, or the other way round.
+
+    The two are always saved together, so one key was dropped or renamed on the way (moving_variance,
+    running_std). Loaded with strict=False the missing one stays 0 or 1. Exported operators, whose inputs may
+    be computed elsewhere in the graph, are passed over.
+
+    Example: layer3.bn has running_mean of 128 values and no running_var.
+    """
+    has, lacks = "running_mean", "running_var"
+    if (layer.running_mean is None) == (layer.running_var is None) or exported(layer):
+        return
+    if layer.running_mean is None:
+        has, lacks = lacks, has
+    yield Observation(
+        message=f"{has} is in the file ({layer.channels} values), {lacks} is not.",
+        evidence={"missing": lacks},
+    )
+
+
+@rule(
+    "S118",
+    "residue-suspected",
+    severity=Severity.WARNING,
+    confidence=Confidence.LOW,
+    kinds=TRACKING_KINDS,
+    needs=("running_mean", "running_var"),
+    scope=Scope.MODEL,
+    why="If it is residue, eval divides by the wrong spread, and the file alone cannot show it.",
+    fix="find the momentum the model was trained with, then: normdoctor inspect {path} --momentum VALUE",
+    reference=BATCHNORM_PAPER,
+    limits={"least": 0.3, "spread": 4.0, "channels": 64},
+)
+def residue_suspected(layers: tuple[NormLayer, ...], context: Context) -> Iterator[Observation]:
+    """All running variances lie close to the initial 1, and the file does not say the momentum or the updates.
+
+    What started at 1 holds at least q = (1 - momentum)^updates, so the smallest variance bounds the residue
+    from above, and that is all a bare state_dict tells. In a trained network variances differ by a factor of
+    ten and more between channels; a residue squeezes them together just above q.
+
+    Silent where momentum and updates are both known (S104 then computes q). Harmless if the inputs of all
+    norms really have a spread near 1. Example: 0.82 to 0.93 in all 120 channels after 216 updates, a momentum
+    of 0.001; accuracy 33 %, and 98 % once debiased.
+    """
+    unknown = [
+        layer
+        for layer in layers
+        if (layer.momentum is None or layer.numbers.updates is None) and not layer.numbers.default_statistics
+    ]
+    if not unknown:
+        return
+    both_vectors = [layer.numbers.var for layer in unknown if layer.numbers.var is not None]
+    var = np.concatenate(both_vectors)
+    var = var[np.isfinite(var)]
+    limits = context.limits
+    if var.size < limits["channels"]:
+        return
+    least, largest = float(var.min()), float(var.max())
+    if not limits["least"] <= least < 1 or largest > limits["spread"] * least or largest >= 1 / limits["least"]:
+        return
+    updates = {layer.numbers.updates for layer in unknown}
+    momenta = {layer.momentum for layer in unknown}
+    message = f"running_var lies between {number(least)} and {number(largest)} in all {var.size:,} channels, so up to "
+    message += f"{percent(least)} of it could be the 1 it was created with"
+    evidence: dict[str, Any] = {"least": least, "largest": largest, "channels": int(var.size)}
+    fix = None
+    if len(updates) == 1 and (count := updates.pop()) and count >= 1:
+        evidence["momentum_at_most"] = -math.expm1(math.log(least) / count)
+        message += f": with {count:,.0f} updates, if the momentum was near {number(evidence['momentum_at_most'])}"
+    elif len(momenta) == 1 and isinstance(momentum := momenta.pop(), float) and 0 < momentum < 1:
+        evidence["updates_at_least"] = math.ceil(math.log(least) / math.log1p(-momentum))
+        message += f": with momentum {number(momentum)}, after about {evidence['updates_at_least']:,} updates"
+        fix = "find the number of training steps, then: normdoctor recalibrate {path} --method debias --updates STEPS"
+    yield Observation(message=message + ".", evidence=evidence, fix=fix, rank=least)
+
+
+RULES: tuple[Rule, ...] = (
+    untrained_model,
+    nonfinite_stats,
+    negative_variance,
+    never_updated_stats,
+    warmup_residue,
+    never_active_channel,
+    variance_below_eps,
+    mean_dominates,
+    variance_spread,
+    counter_disagreement,
+    counter_missing,
+    low_precision_ema,
+    momentum_contradiction,
+    buffers_missing,
+    mean_without_variance,
+    residue_suspected,
+)

@@ -1,0 +1,697 @@
+"""Every rule on examples: what sets it off, at which channels and how severely, and what must not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from normdoctor.findings import Severity
+from normdoctor.layers import Danger, LoadCall, NormKind
+from normdoctor.rules import RULES
+
+INFO, WARNING, ERROR = Severity.INFO, Severity.WARNING, Severity.ERROR
+NAN, INF = float("nan"), float("inf")
+
+# torch's float32 floor of a decay by momentum 0.1, and an ONNX operator as the reader names it
+FLOOR = 4 * 2.0**-149
+ONNX = {"origin": "BatchNormalization", "num_batches_tracked": None, "track_running_stats": None}
+BARE = dict.fromkeys(("eps", "momentum", "training", "affine", "track_running_stats"))
+GONE = dict.fromkeys(("running_mean", "running_var", "num_batches_tracked"))
+FRESH = {
+    "weight": np.ones(16),
+    "bias": np.zeros(16),
+    "running_mean": np.zeros(16),
+    "running_var": np.ones(16),
+    "num_batches_tracked": 0,
+}
+SPREAD = np.linspace(0.0, 1.0, 64)
+SQUEEZED = {"channels": 64, "num_batches_tracked": 216, "running_var": 0.82 + 0.1 * SPREAD}
+GAINS = 1.0 + 0.1 * np.sin(np.arange(64))
+
+
+@dataclass(frozen=True)
+class Row:
+    """`layers` (overrides of a healthy BatchNorm) judged by one rule."""
+
+    code: str
+    why: str
+    layers: list[dict[str, Any]]
+    found: dict[str | None, list[int]] = field(default_factory=dict)
+    """layer (None for the file) → channels of the finding; empty where the rule must keep silent."""
+    severity: Severity | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.why}"
+
+
+def fires(
+    code: str,
+    why: str,
+    *layers: dict[str, Any],
+    at: Any,
+    severity: Severity,
+    **settings: Any,
+) -> Row:
+    """`at`: the channels of the one layer, or {layer: channels} where there are several."""
+    found = at if isinstance(at, dict) else {"layer1.0.bn1": list(at)}
+    return Row(code, why, list(layers), found, severity, settings)
+
+
+def silent(code: str, why: str, *layers: dict[str, Any], **settings: Any) -> Row:
+    return Row(code, why, list(layers), {}, None, settings)
+
+
+def norms(count: int, **overrides: Any) -> list[dict[str, Any]]:
+    """That many healthy layers, all with these overrides."""
+    return [dict(overrides) for _ in range(count)]
+
+
+def token_norm(weight: Any, **overrides: Any) -> dict[str, Any]:
+    weight = np.asarray(weight, dtype=float)
+    return {"kind": NormKind.RMS, "channels": weight.size, "weight": weight, "bias": None} | overrides
+
+
+def centred(on: float, seed: int = 0) -> np.ndarray:
+    return on + 0.1 * np.random.default_rng(seed).standard_normal(64)
+
+
+STATISTICS = [
+    fires("S100", "fresh model", FRESH, FRESH, at={None: []}, severity=INFO),
+    fires(
+        "S100",
+        "a block that starts as the identity",
+        FRESH,
+        FRESH | {"weight": np.zeros(16)},
+        at={None: []},
+        severity=INFO,
+    ),
+    silent("S100", "one layer has learnt", FRESH, {}),
+    silent("S100", "batches were counted, so something else is wrong", FRESH | {"num_batches_tracked": 10}),
+    fires("S101", "NaN variance", {"running_var": {3: NAN, 11: NAN}}, at=[3, 11], severity=ERROR),
+    fires("S101", "infinite mean", {"running_mean": {5: -INF}}, at=[5], severity=ERROR),
+    fires("S101", "overflow of AMP", {"running_mean": {2: INF}, "running_var": {2: NAN}}, at=[2], severity=ERROR),
+    fires("S101", "in a bare state_dict", BARE | {"running_var": {0: INF}}, at=[0], severity=ERROR),
+    silent("S101", "huge but finite", {"running_var": {3: 3e38}}),
+    fires("S102", "eps subtracted on conversion", {"running_var": {4: -1e-5, 9: -1e-5}}, at=[4, 9], severity=ERROR),
+    fires("S102", "hidden by eps", {"running_var": {4: -5e-6}}, at=[4], severity=ERROR),
+    fires("S102", "minus infinity", {"running_var": {4: -INF}}, at=[4], severity=ERROR),
+    silent("S102", "zero, and minus zero", {"running_var": {4: 0.0, 5: -0.0}}),
+    fires(
+        "S103",
+        "never updated in a trained model",
+        FRESH | {"weight": GAINS[:16]},
+        {},
+        at={"bn0": range(16)},
+        severity=ERROR,
+    ),
+    fires(
+        "S103",
+        "momentum 0: counted, not moved",
+        FRESH | {"num_batches_tracked": 99, "weight": GAINS[:16]},
+        at=range(16),
+        severity=ERROR,
+    ),
+    fires(
+        "S103",
+        "affine untouched as well, but counted",
+        FRESH | {"num_batches_tracked": 99},
+        at=range(16),
+        severity=ERROR,
+    ),
+    fires(
+        "S103",
+        "no counter to confirm it",
+        FRESH | {"num_batches_tracked": None, "weight": GAINS[:16]},
+        at=range(16),
+        severity=WARNING,
+    ),
+    silent("S103", "one channel differs", FRESH | {"running_var": np.r_[1.5, np.ones(15)], "weight": GAINS[:16]}),
+    silent("S103", "fresh model", FRESH, FRESH),
+    fires(
+        "S104",
+        "much left",
+        {"momentum": 0.001, "num_batches_tracked": 1000, "running_var": {0: 0.4}},
+        at=[],
+        severity=ERROR,
+    ),
+    fires("S104", "some left", {"momentum": 0.01, "num_batches_tracked": 300}, at=[], severity=WARNING),
+    fires("S104", "a trace left", {"momentum": 0.01, "num_batches_tracked": 600}, at=[], severity=INFO),
+    fires(
+        "S104",
+        "frozen, so one level down",
+        {"momentum": 0.01, "num_batches_tracked": 150, "requires_grad": False},
+        at=[],
+        severity=WARNING,
+    ),
+    silent("S104", "nothing left", {"momentum": 0.1, "num_batches_tracked": 216}),
+    silent("S104", "plain average", {"momentum": "cumulative", "num_batches_tracked": 3}),
+    silent("S104", "momentum 0 is C302's", {"momentum": 0.0, "num_batches_tracked": 3}),
+    silent("S104", "a momentum of 1 leaves nothing", {"momentum": 1, "num_batches_tracked": 3}),
+    silent("S104", "nothing counted is S111's", {"momentum": 0.1, "num_batches_tracked": 0}),
+    silent("S104", "did not start at 1", {"momentum": 0.001, "num_batches_tracked": 216}),
+    fires("S105", "the floor of 0.1", {"running_var": {2: FLOOR}}, at=[2], severity=WARNING),
+    fires("S105", "the floor of 0.001", {"channels": 64, "running_var": {2: 500 * 2.0**-149}}, at=[2], severity=INFO),
+    fires("S105", "flushed to zero", {"channels": 64, "running_var": {7: 0.0}}, at=[7], severity=INFO),
+    fires(
+        "S105",
+        "what 300 updates leave of 1",
+        BARE | {"channels": 64, "num_batches_tracked": 300, "running_var": {7: 0.9**300}},
+        at=[7],
+        severity=INFO,
+    ),
+    fires(
+        "S105",
+        "an odd momentum from the file",
+        {"channels": 64, "momentum": 0.07, "num_batches_tracked": 100, "running_var": {7: 0.93**100}},
+        at=[7],
+        severity=INFO,
+    ),
+    fires(
+        "S105",
+        "residue of the size of live variances",
+        {"momentum": 0.01, "num_batches_tracked": 300, "running_var": {7: 0.99**300}},
+        at=[7],
+        severity=WARNING,
+    ),
+    silent("S105", "weights that decayed", {"running_var": {2: 1.9e-14, 5: 1e-8}}),
+    silent("S105", "a subnormal that is no floor", {"running_var": {2: 7 * 2.0**-149}}),
+    silent(
+        "S105",
+        "near the residue is not on it",
+        {"momentum": 0.01, "num_batches_tracked": 300, "running_var": {7: 0.99**300 * 1.001}},
+    ),
+    silent(
+        "S105",
+        "float16 cannot hold it, so 0 proves nothing",
+        {"running_var": {2: 0.0}, "dtypes": {"running_var": "float16"}},
+    ),
+    silent(
+        "S105",
+        "another channel is below, so the buffers did not start at 1",
+        {"momentum": 0.01, "num_batches_tracked": 300, "running_var": {7: 0.99**300, 8: 1e-3}},
+    ),
+    fires("S106", "carries signal", {"running_var": {6: 2e-7}}, at=[6], severity=WARNING),
+    fires(
+        "S106",
+        "a dead channel beside it is not in the warning",
+        {"running_var": {6: 2e-7, 7: FLOOR}},
+        at=[6],
+        severity=WARNING,
+    ),
+    fires("S106", "eps assumed", BARE | {"running_var": {6: 2e-7}}, at=[6], severity=WARNING),
+    fires("S106", "weights that decayed", {"running_var": {6: 1.9e-14}}, at=[6], severity=INFO),
+    fires("S106", "as in published models", {"running_var": {6: FLOOR}, "weight": {6: 1e-3}}, at=[6], severity=INFO),
+    fires("S106", "an input, but no gain", {"running_var": {6: 5e-6}, "weight": {6: 1e-4}}, at=[6], severity=INFO),
+    fires("S106", "zeros of a converted EfficientNet", {"running_var": {6: 0.0}, "eps": 1e-3}, at=[6], severity=INFO),
+    silent("S106", "small, but above eps", {"running_var": {6: 2e-5}}),
+    silent("S106", "negative is S102's", {"running_var": {6: -1e-7}}),
+    fires("S108", "a large bias", {"running_mean": {1: 30.0}}, at=[1], severity=INFO),
+    fires("S108", "inputs that were not normalised", {"running_mean": {1: 300.0}}, at=[1], severity=WARNING),
+    silent("S108", "below 5 % of the channels", {"channels": 64, "running_mean": {1: 30.0}}),
+    silent(
+        "S108", "a dead channel has no spread to compare with", {"running_mean": {1: 5.0}, "running_var": {1: FLOOR}}
+    ),
+    fires("S109", "an exploding channel", {"running_var": {15: 5e3}}, at=[15], severity=INFO),
+    fires("S109", "by six orders", {"running_var": {15: 5e6}}, at=[15], severity=WARNING),
+    fires("S109", "a small layer gives a hint", {"channels": 8, "running_var": {7: 5e6}}, at=[7], severity=INFO),
+    silent("S109", "a tiny layer gives nothing", {"channels": 4, "running_var": {3: 5e6}}),
+    silent("S109", "most channels dead, the rest alike", {"running_var": dict.fromkeys(range(10), FLOOR)}),
+    silent("S109", "most channels decayed, the rest alike", {"running_var": dict.fromkeys(range(10), 1e-14)}),
+    fires("S110", "frozen for a while", *norms(4), {"num_batches_tracked": 4321}, at={"bn4": []}, severity=WARNING),
+    fires("S110", "came pretrained", *norms(4), {"num_batches_tracked": 54321}, at={"bn4": []}, severity=WARNING),
+    fires("S110", "exactly half", *norms(4), {"num_batches_tracked": 2500}, at={"bn4": []}, severity=INFO),
+    fires(
+        "S110",
+        "one norm under two names",
+        *norms(4),
+        {"num_batches_tracked": 10000, "aliases": ("b.bn",)},
+        at={"bn4": []},
+        severity=INFO,
+    ),
+    silent("S110", "called twice per step", *norms(4), {"num_batches_tracked": 10000}),
+    silent("S110", "never counted is another rule's", *norms(4), {"num_batches_tracked": 0}),
+    fires("S111", "converted", {"num_batches_tracked": 0}, at=[], severity=INFO),
+    fires("S111", "no counter at all", BARE | {"num_batches_tracked": None}, at=[], severity=INFO),
+    silent("S111", "nothing to lose", FRESH | {"weight": GAINS[:16]}),
+    silent("S111", "exported operators have none", ONNX),
+    silent(
+        "S111",
+        "frozen classes have none",
+        {"num_batches_tracked": None, "origin": "torchvision.ops.misc.FrozenBatchNorm2d"},
+    ),
+    fires(
+        "S113",
+        "kept in bfloat16",
+        {
+            "channels": 64,
+            "running_mean": np.round(37 * SPREAD) / 128,
+            "running_var": (64 + np.round(63 * SPREAD)) / 128,
+        },
+        at=range(64),
+        severity=WARNING,
+    ),
+    fires(
+        "S113",
+        "kept in float16",
+        {
+            "channels": 64,
+            "running_mean": np.round(999 * SPREAD) / 1024,
+            "running_var": (1024 + np.round(999 * SPREAD)) / 2048,
+        },
+        at=range(64),
+        severity=WARNING,
+    ),
+    silent(
+        "S113",
+        "one value needs more bits",
+        {
+            "channels": 64,
+            "running_mean": np.round(37 * SPREAD) / 128,
+            "running_var": np.r_[(64 + np.round(62 * SPREAD[:63])) / 128, 1 / 3],
+        },
+    ),
+    silent(
+        "S113",
+        "stored in 16 bits anyway",
+        {
+            "running_mean": np.arange(16.0),
+            "running_var": np.arange(1.0, 17.0),
+            "dtypes": {"running_mean": "bfloat16", "running_var": "bfloat16"},
+        },
+    ),
+    silent("S113", "placeholders", {"running_mean": np.zeros(16), "running_var": np.full(16, 0.5)}),
+    fires(
+        "S115",
+        "a momentum that was larger once",
+        {"momentum": 0.001, "num_batches_tracked": 216},
+        at=range(5),
+        severity=INFO,
+    ),
+    silent("S115", "long ago forgotten", {"momentum": 0.1, "num_batches_tracked": 5000, "running_var": {0: 0.0}}),
+    silent(
+        "S115",
+        "float16 rounds the residue to 0",
+        {"momentum": 0.1, "num_batches_tracked": 200, "running_var": {0: 0.0}, "dtypes": {"running_var": "float16"}},
+    ),
+    silent("S115", "above the bound", {"momentum": 0.1, "num_batches_tracked": 216}),
+    fires("S116", "statistics dropped", *norms(3, **BARE), BARE | GONE, at={"bn3": []}, severity=WARNING),
+    fires("S116", "weight dropped", *norms(3, **BARE), BARE | {"weight": None}, at={"bn3": []}, severity=WARNING),
+    fires("S116", "in all layers of a state_dict", BARE | GONE, at=[], severity=WARNING),
+    fires("S116", "only the counter", *norms(3), {"num_batches_tracked": None}, at={"bn3": []}, severity=INFO),
+    silent("S116", "declared without affine", *norms(3), {"weight": None, "bias": None, "affine": False}),
+    silent("S116", "declared without statistics", *norms(3), GONE | {"track_running_stats": False}),
+    silent("S116", "all without counter", *norms(3, num_batches_tracked=None)),
+    fires("S117", "no variance", {"running_var": None}, at=[], severity=ERROR),
+    fires("S117", "no mean", BARE | {"running_mean": None}, at=[], severity=ERROR),
+    silent("S117", "neither", GONE),
+    fires("S118", "nothing known", BARE | SQUEEZED | {"num_batches_tracked": None}, at={None: []}, severity=WARNING),
+    fires("S118", "updates known", BARE | SQUEEZED, BARE | SQUEEZED, at={None: []}, severity=WARNING),
+    fires("S118", "momentum known", SQUEEZED | {"num_batches_tracked": None}, at={None: []}, severity=WARNING),
+    silent("S118", "variances as spread as in any trained net", BARE | {"channels": 64}),
+    silent("S118", "both known: S104 computes it", SQUEEZED),
+    silent("S118", "few channels may be alike by chance", BARE | {"running_var": 0.82 + 0.1 * SPREAD[:16]}),
+]
+
+AFFINE = [
+    fires("A201", "NaN gain", {"weight": {3: NAN}}, at=[3], severity=ERROR),
+    fires("A201", "infinite shift of a LayerNorm", {"kind": NormKind.LAYER, "bias": {1: INF}}, at=[1], severity=ERROR),
+    silent("A201", "large", {"weight": {3: 1e30}}),
+    fires("A202", "a few pruned", {"weight": {3: 0.0, 8: 5e-4}}, at=[3, 8], severity=INFO),
+    fires("A202", "small beside the others", {"weight": {3: 0.009}}, at=[3], severity=INFO),
+    fires("A202", "half of the layer", {"weight": dict.fromkeys(range(8), 1e-05)}, at=range(8), severity=WARNING),
+    fires("A202", "half of a small layer", {"channels": 4, "weight": {0: 1e-5, 1: 1e-5}}, at=[0, 1], severity=INFO),
+    silent("A202", "small but in use", {"weight": {3: 0.02}}),
+    silent("A202", "all exactly 0 is A203's", {"weight": np.zeros(16)}),
+    silent("A202", "1 + weight of about 1", token_norm(centred(0.0), zero_centred=True)),
+    fires("A203", "the end of a residual block", {"weight": np.zeros(16)}, {}, at={"bn0": range(16)}, severity=WARNING),
+    fires(
+        "A203",
+        "a GroupNorm, which counts nothing",
+        {"kind": NormKind.GROUP, "weight": np.zeros(16)},
+        {},
+        at={"bn0": range(16)},
+        severity=WARNING,
+    ),
+    silent("A203", "fresh model", FRESH | {"weight": np.zeros(16)}, FRESH),
+    silent("A203", "one channel moved", {"weight": np.r_[1e-9, np.zeros(15)]}),
+    silent("A203", "never ran at all: S103", FRESH | {"weight": np.zeros(16)}, {}),
+    fires(
+        "A204",
+        "left out of the optimiser",
+        {"weight": np.ones(16), "bias": np.zeros(16)},
+        {},
+        at={"bn0": range(16)},
+        severity=WARNING,
+    ),
+    fires(
+        "A204",
+        "no gradient by design",
+        {"weight": np.ones(16), "bias": np.zeros(16), "requires_grad": False},
+        {},
+        at={"bn0": range(16)},
+        severity=INFO,
+    ),
+    fires(
+        "A204", "no layer ever moved", *norms(3, weight=np.ones(16), bias=np.zeros(16)), at={None: []}, severity=INFO
+    ),
+    silent("A204", "only the shift moved", {"weight": np.ones(16)}, {}),
+    silent("A204", "built without", {"weight": None, "bias": None, "affine": False}, {}),
+    fires("A205", "one gain of 300 times the others", {"weight": {3: 300.0}}, at=[3], severity=WARNING),
+    fires(
+        "A205",
+        "a factor of thousands everywhere",
+        {"channels": 4, "weight": np.full(4, 4e3)},
+        at=range(4),
+        severity=WARNING,
+    ),
+    fires("A205", "a small layer gives a hint", {"channels": 8, "weight": {3: 300.0}}, at=[3], severity=INFO),
+    fires("A205", "the input never varies", {"running_var": {3: FLOOR}}, at=[3], severity=INFO),
+    fires(
+        "A205",
+        "a dead channel beside a live one",
+        {"running_var": {3: FLOOR}, "weight": {5: 300.0}},
+        at=[5],
+        severity=WARNING,
+    ),
+    fires("A205", "variance 0 and eps 0", {"running_var": {3: 0.0}, "eps": 0.0}, at=[3], severity=WARNING),
+    silent("A205", "ten times is usual", {"weight": {3: 10.0}}),
+    silent("A205", "a dead channel without gain", {"running_var": {3: FLOOR}, "weight": {3: 1e-3}}),
+    silent("A205", "most channels dead, the rest alike", {"weight": dict.fromkeys(range(10), 1e-09)}),
+    fires(
+        "A207",
+        "learnt to undo it",
+        {
+            "weight": np.full(16, 2.0),
+            "running_var": np.full(16, 4.0),
+            "bias": 0.4 * np.cos(7.0 * SPREAD[:16]),
+            "running_mean": 0.4 * np.cos(7.0 * SPREAD[:16]),
+        },
+        at=range(16),
+        severity=INFO,
+    ),
+    silent(
+        "A207",
+        "the mean is not put back",
+        {"weight": np.full(16, 2.0), "running_var": np.full(16, 4.0), "bias": np.full(16, 3.0)},
+    ),
+    silent("A207", "as created, which says nothing", FRESH, {}),
+    silent(
+        "A207",
+        "three channels may do so by chance",
+        {
+            "channels": 3,
+            "weight": np.full(3, 2.0),
+            "running_var": np.full(3, 4.0),
+            "bias": np.zeros(3),
+            "running_mean": np.zeros(3),
+        },
+    ),
+]
+
+SETTINGS = [
+    fires("C301", "ONNX node in training mode", ONNX | {"training": True}, at=[], severity=ERROR),
+    fires(
+        "C301",
+        "its full name",
+        ONNX | {"origin": "ai.onnx.BatchNormalization", "training": True},
+        at=[],
+        severity=ERROR,
+    ),
+    fires("C301", "built without statistics", GONE | {"track_running_stats": False}, at=[], severity=WARNING),
+    fires("C301", "buffers removed", GONE, at=[], severity=WARNING),
+    fires("C301", "flag changed afterwards", {"track_running_stats": False}, at=[], severity=WARNING),
+    silent("C301", "ONNX node in inference mode", ONNX),
+    silent("C301", "a module in training mode is C314's", {"training": True}),
+    silent("C301", "InstanceNorm has none by design", GONE | {"kind": NormKind.INSTANCE, "track_running_stats": False}),
+    fires("C302", "never moved", FRESH | {"weight": GAINS[:16], "momentum": 0.0}, at=[], severity=WARNING),
+    fires("C302", "saved in training mode", {"momentum": 0.0, "training": True}, at=[], severity=WARNING),
+    fires("C302", "a converted model", {"momentum": 0}, at=[], severity=INFO),
+    silent("C302", "small", {"momentum": 1e-4}),
+    silent("C302", "plain average", {"momentum": "cumulative"}),
+    fires("C303", "Keras's decay", {"momentum": 0.99}, at=[], severity=WARNING),
+    fires("C303", "only the last batch", {"momentum": 1.0}, at=[], severity=WARNING),
+    silent("C303", "quick but usual", {"momentum": 0.3}),
+    silent("C303", "plain average", {"momentum": "cumulative"}),
+    fires("C305", "one layer differs, and it shows", *norms(4), {"eps": 0.1}, at={"bn4": []}, severity=WARNING),
+    fires("C305", "one layer differs, without effect", *norms(4), {"eps": 1e-3}, at={"bn4": []}, severity=INFO),
+    fires("C305", "no framework has it", *norms(2, eps=0.5), at={"bn0": [], "bn1": []}, severity=WARNING),
+    fires(
+        "C305",
+        "LayerNorms differ",
+        *norms(3, kind=NormKind.LAYER),
+        {"kind": NormKind.LAYER, "eps": 1e-12},
+        at={"bn3": []},
+        severity=INFO,
+    ),
+    fires("C305", "no number at all", {"eps": NAN}, at=[], severity=ERROR),
+    silent("C305", "Keras's default throughout", *norms(3, eps=1e-3)),
+    silent("C305", "1e-5 rounded to float32", *norms(2), {"eps": float(np.float32(1e-5))}),
+    silent("C305", "another eps without effect", *norms(3, eps=2e-5)),
+    silent("C305", "LayerNorm and BatchNorm may differ", *norms(2), {"kind": NormKind.LAYER, "eps": 1e-6}),
+    fires("C306", "one forgotten", *norms(3), {"training": True}, at={"bn3": []}, severity=INFO),
+    fires("C306", "one frozen", *norms(3, training=True), {"training": False}, at={"bn3": []}, severity=INFO),
+    silent("C306", "all in eval mode", *norms(3)),
+    silent("C306", "all in training mode is C314's", *norms(3, training=True)),
+    fires("C310", "the file says so", {}, at={None: []}, severity=INFO, averaged="n_averaged = 12"),
+    fires("C310", "a counter with a fraction", {"num_batches_tracked": np.array(41.5)}, at={None: []}, severity=INFO),
+    silent("C310", "no statistics to be old", {"kind": NormKind.LAYER}, averaged="n_averaged = 12"),
+    silent("C310", "whole counter stored as a float", {"num_batches_tracked": np.array(41.0)}),
+    fires("C311", "pruned without its buffers", {"weight": np.ones(12), "bias": np.ones(12)}, at=[], severity=ERROR),
+    fires(
+        "C311",
+        "nothing stored",
+        {"channels": 0, "weight": [], "bias": [], "running_mean": [], "running_var": []},
+        at=[],
+        severity=ERROR,
+    ),
+    silent(
+        "C311",
+        "a LayerNorm over two axes",
+        {"kind": NormKind.LAYER, "weight": np.ones((4, 4)), "bias": np.ones((4, 4))},
+    ),
+    fires(
+        "C313", "half of the layer cast", {"dtypes": {"weight": "float16", "bias": "float16"}}, at=[], severity=WARNING
+    ),
+    fires(
+        "C313",
+        "one layer of many",
+        *norms(3),
+        {"dtypes": dict.fromkeys(("weight", "bias", "running_mean", "running_var"), "bfloat16")},
+        at={"bn3": []},
+        severity=INFO,
+    ),
+    silent(
+        "C313",
+        "another kind may have another type",
+        *norms(3),
+        {"kind": NormKind.LAYER, "dtypes": {"weight": "float16", "bias": "float16"}},
+    ),
+    fires("C314", "forgot eval()", *norms(3, training=True), at={None: []}, severity=INFO),
+    silent("C314", "eval mode", *norms(3)),
+    silent("C314", "some of them is C306's", *norms(3, training=True), {}),
+    silent("C314", "an exported graph is C301's", ONNX | {"training": True}),
+]
+
+NUMERICS = [
+    fires("N401", "raw inputs", {"running_var": {2: 4.97e5}}, at=[2], severity=ERROR, precision="fp16"),
+    fires("N401", "no target", {"running_var": {2: 4.97e5}, "bias": {5: -1e6}}, at=[2, 5], severity=INFO),
+    fires(
+        "N401",
+        "a LayerNorm's gain",
+        {"kind": NormKind.LAYER, "weight": {9: 7e4}},
+        at=[9],
+        severity=ERROR,
+        precision="fp16",
+    ),
+    silent("N401", "bfloat16 can hold it", {"running_var": {2: 4.97e5}}, precision="bf16"),
+    silent("N401", "the largest number", {"running_var": {2: 65504.0}}, precision="fp16"),
+    silent("N401", "already infinite is S101's", {"running_var": {2: INF}}, precision="fp16"),
+    fires("N402", "a small variance", {"running_var": {2: 1e-8}}, at=[2], severity=WARNING, precision="fp16"),
+    fires(
+        "N402",
+        "eps as well",
+        {"running_var": {2: 1e-8, 3: 0.0}, "eps": 1e-12},
+        at=[2, 3],
+        severity=ERROR,
+        precision="fp16",
+    ),
+    fires("N402", "BERT's eps", {"kind": NormKind.LAYER, "eps": 1e-12}, at=[], severity=WARNING, precision="fp16"),
+    fires("N402", "no target", {"running_var": {2: 1e-8}}, at=[2], severity=INFO),
+    silent("N402", "bfloat16 can hold it", {"running_var": {2: 1e-8}}, precision="bf16"),
+    silent("N402", "eps 1e-5 survives", {}, precision="fp16"),
+    silent("N402", "0 stays 0, and eps too", {"running_var": {2: 0.0}}, precision="fp16"),
+    fires("N403", "bfloat16", {"running_mean": {0: 20.0}}, at=[0], severity=WARNING, precision="bf16"),
+    fires("N403", "float16", {"running_mean": {0: 200.0}}, at=[0], severity=WARNING, precision="fp16"),
+    fires("N403", "no target", {"running_mean": {0: 20.0}}, at=[0], severity=INFO),
+    silent("N403", "float16 is fine enough", {"running_mean": {0: 20.0}}, precision="fp16"),
+    silent("N403", "integers are another matter", {"running_mean": {0: 200.0}}, precision="int8"),
+    fires("N407", "decayed", {"running_mean": {1: -FLOOR}, "running_var": {2: FLOOR}}, at=[1, 2], severity=INFO),
+    silent("N407", "zero is no subnormal", {"running_mean": {1: 0.0}, "running_var": {2: 2e-38}}),
+]
+
+OUTLIERS = {10: 8.0, 41: -3.0}
+
+
+def with_outliers(seed: int) -> dict[str, Any]:
+    weight = centred(1.0, seed)
+    weight[list(OUTLIERS)] = list(OUTLIERS.values())
+    return token_norm(weight)
+
+
+TRANSFORMERS = [
+    fires("T701", "the same features everywhere", *map(with_outliers, range(4)), at={None: [10, 41]}, severity=INFO),
+    fires(
+        "T701", "before int8", *map(with_outliers, range(4)), at={None: [10, 41]}, severity=WARNING, precision="int8"
+    ),
+    fires("T701", "one gain above its layer", token_norm(np.r_[centred(1.0), 25.0]), at=[64], severity=INFO),
+    silent("T701", "two norms may agree by chance", *map(with_outliers, range(2))),
+    silent("T701", "each has its own", *[token_norm(np.r_[np.roll(np.r_[4.0, np.ones(63)], n)]) for n in range(8)]),
+    silent("T701", "a BatchNorm has no tokens", {"weight": {3: 50.0}}),
+    fires(
+        "T703", "Gemma", token_norm(centred(0.0), zero_centred=True, zero_centred_by_class=True), at=[], severity=INFO
+    ),
+    fires(
+        "T703",
+        "1 added twice",
+        token_norm(centred(1.0), zero_centred=True, zero_centred_by_class=True),
+        at=[],
+        severity=WARNING,
+    ),
+    fires(
+        "T703",
+        "the 1 was lost",
+        token_norm(centred(0.0), zero_centred=False, zero_centred_by_class=False),
+        at=[],
+        severity=WARNING,
+    ),
+    silent("T703", "an ordinary gain", token_norm(centred(1.0), zero_centred=False)),
+    silent(
+        "T703",
+        "small gains of a first layer",
+        token_norm(np.abs(centred(0.05)), zero_centred=False, zero_centred_by_class=False),
+    ),
+    fires("T707", "zero", {"kind": NormKind.DYNAMIC_TANH, "alpha": 0.0}, at=range(16), severity=ERROR),
+    fires("T707", "NaN", {"kind": NormKind.DYNAMIC_TANH, "alpha": NAN}, at=range(16), severity=ERROR),
+    fires("T707", "tiny", {"kind": NormKind.DYNAMIC_TANH, "alpha": 1e-3}, at=[], severity=WARNING),
+    fires("T707", "huge", {"kind": NormKind.DYNAMIC_TANH, "alpha": -11.0}, at=[], severity=WARNING),
+    fires("T707", "negative", {"kind": NormKind.DYNAMIC_TANH, "alpha": -0.5}, at=[], severity=INFO),
+    silent("T707", "as in a 70B model", {"kind": NormKind.DYNAMIC_TANH, "alpha": 0.05}),
+    fires(
+        "T712",
+        "two conventions",
+        *[token_norm(centred(0.0, n), zero_centred=True) for n in range(3)],
+        token_norm(centred(1.0), zero_centred=False),
+        at={"bn3": []},
+        severity=INFO,
+    ),
+    fires(
+        "T712",
+        "1 added to a single layer",
+        *[token_norm(centred(0.0, n), zero_centred=True) for n in range(4)],
+        token_norm(centred(1.0), zero_centred=True),
+        at={"bn4": []},
+        severity=INFO,
+    ),
+    fires(
+        "T712",
+        "1 lost from a single layer",
+        *[token_norm(centred(1.0, n), zero_centred=False) for n in range(4)],
+        token_norm(centred(0.0), zero_centred=False),
+        at={"bn4": []},
+        severity=INFO,
+    ),
+    silent("T712", "one convention", *[token_norm(centred(0.0, n), zero_centred=True) for n in range(4)]),
+    silent(
+        "T712",
+        "a large gain among 1 + weight",
+        *[token_norm(centred(0.0, n), zero_centred=True) for n in range(4)],
+        token_norm(centred(6.0), zero_centred=True),
+    ),
+]
+
+MODULE = LoadCall("nets.resnet.ResNet", Danger.MODULE_CLASS)
+DATA = LoadCall("omegaconf.dictconfig.DictConfig", Danger.DATA_CLASS)
+SYSTEM = LoadCall("posix.system", Danger.OTHER)
+
+FILES = [
+    fires("F901", "a pickled module", {}, at={None: []}, severity=INFO, load_calls=(MODULE,)),
+    fires("F901", "a configuration", {}, at={None: []}, severity=WARNING, load_calls=(MODULE, DATA)),
+    fires("F901", "a command", {}, at={None: []}, severity=ERROR, load_calls=(MODULE, SYSTEM, DATA)),
+    silent("F901", "tensors only", {}),
+]
+
+ROWS = STATISTICS + AFFINE + SETTINGS + NUMERICS + TRANSFORMERS + FILES
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_example(row: Row, judge) -> None:
+    report = judge(*row.layers, codes={row.code}, **row.settings)
+    found = {finding.layer: list(finding.channels) for finding in report.findings}
+    assert found == {layer: list(channels) for layer, channels in row.found.items()}
+    assert len(report.findings) == len(found)
+    for finding in report.findings:
+        assert finding.severity == row.severity, finding.message
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.code)
+def test_every_rule_has_an_example_that_fires_and_one_that_does_not(rule) -> None:
+    rows = [row for row in ROWS if row.code == rule.code]
+    assert any(row.found for row in rows), "no example sets this rule off"
+    assert any(not row.found for row in rows), "no example that it must keep silent about"
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.code)
+def test_the_declared_severity_is_reached_by_an_example(rule) -> None:
+    severities = {row.severity for row in ROWS if row.code == rule.code and row.found}
+    assert rule.severity in severities
+
+
+def test_codes_and_names_are_unique() -> None:
+    codes = [rule.code for rule in RULES]
+    assert len(set(codes)) == len(codes)
+    assert len({rule.name for rule in RULES}) == len(codes)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.code)
+def test_documentation_says_what_it_means_and_gives_an_example(rule) -> None:
+    title, _, rest = rule.documentation.partition("\n")
+    assert title.endswith(".") and len(title) <= 110
+    assert "Example: " in rest, "an example with numbers"
+    assert rule.why.endswith(".") and rule.why.count(". ") == 0, "one sentence"
+    assert rule.fix and rule.reference.startswith("https://")
+
+
+@pytest.mark.parametrize("kind", [NormKind.BATCH, NormKind.LAYER, NormKind.GROUP, NormKind.RMS])
+def test_a_healthy_layer_gives_nothing(kind, judge) -> None:
+    for given in ({}, BARE, {"channels": 4}, {"channels": 512}):
+        assert judge(given | {"kind": kind}).findings == ()
+
+
+def test_messages_name_the_numbers(judge) -> None:
+    said = {
+        finding.code: finding.message
+        for given in (
+            {"running_var": {4: -1e-5, 9: -1e-5}},
+            {"running_var": {6: 2e-7, 7: FLOOR}},
+            {"momentum": 0.99},
+            {"weight": np.ones(12)},
+        )
+        for finding in judge(given).findings
+    }
+    assert "down to -1e-05 in channel 4" in said["S102"]
+    assert "a converter subtracted it" in said["S102"]
+    assert "1 of 16 channels (6)" in said["S106"] and "1 silent channel" in said["S106"]
+    assert "momentum of 0.1" in said["S105"]
+    assert "torch's 0.01" in said["C303"]
+    assert "weight 12 values" in said["C311"] and "running_var 16 values" in said["C311"]
+
+
+def test_calls_on_load_are_named_worst_first(judge) -> None:
+    (finding,) = judge({}, codes={"F901"}, load_calls=(MODULE, DATA, SYSTEM)).findings
+    places = [finding.message.index(call.name) for call in (SYSTEM, DATA, MODULE)]
+    assert places == sorted(places)
+    assert finding.evidence["other"] == ["posix.system"]

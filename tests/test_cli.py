@@ -1,0 +1,241 @@
+"""The command line as a user meets it: exit codes, streams, widths, goldens."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT / "fixtures"
+CHECKPOINTS = sorted(
+    path for path in FIXTURES.iterdir() if path.suffix in (".pt", ".pth", ".ckpt", ".safetensors", ".onnx")
+)
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run() -> Run:
+    def run(*arguments: object, cwd: Path = FIXTURES, **environment: str) -> subprocess.CompletedProcess[str]:
+        clean = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+        return subprocess.run(
+            [sys.executable, "-m", "normdoctor", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            cwd=cwd,
+            env=clean | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"} | environment,
+            timeout=120,
+        )
+
+    return run
+
+
+def golden_of(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+@pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda p: p.name)
+def test_golden_report(path: Path) -> None:
+    """Regenerate after a wanted change with: python fixtures/goldens.py"""
+    from normdoctor import inspect
+    from normdoctor.reports import json as json_report
+
+    report = inspect(path)
+    document = json.loads(json_report.render([report]))
+    document["files"][0]["path"] = path.name
+    for finding in document["files"][0]["findings"]:
+        finding["fix"] = finding["fix"].replace(str(path.with_suffix("")), path.stem)
+    assert document == json.loads(golden_of(path).read_text(encoding="utf-8"))
+
+
+def test_every_golden_has_its_file() -> None:
+    goldens = {path for path in FIXTURES.glob("*.json") if path.name != "accuracy.json"}
+    assert goldens == {golden_of(path) for path in CHECKPOINTS}
+
+
+def test_exit_codes(run: Run, tmp_path: Path) -> None:
+    assert run("inspect", "healthy.pt").returncode == 0
+    assert run("inspect", "nan_statistics.pt").returncode == 1
+    assert run("inspect", "nan_statistics.pt", "--fail-on", "never").returncode == 0
+    assert run("inspect", "dead_channels.pt").returncode == 0
+    assert run("inspect", "dead_channels.pt", "--fail-on", "warning").returncode == 1
+    assert run("inspect", "healthy_module.pt", "--fail-on", "info").returncode == 1
+    assert run("inspect", "missing.pt").returncode == 2
+    assert run("inspect", "healthy.pt", "--no-such-option").returncode == 2
+
+
+def test_two_wins_over_one_and_the_others_are_still_inspected(run: Run) -> None:
+    done = run("inspect", "missing.pt", "nan_statistics.pt", "healthy.pt")
+    assert done.returncode == 2
+    assert "S101" in done.stdout
+    assert "healthy.pt" in done.stdout
+    assert done.stderr.startswith("normdoctor: missing.pt: no such file\n  hint: ")
+    assert done.stderr.count("\n") == 2
+
+
+@pytest.mark.parametrize("name", ["slow_momentum_module.pt", "training_checkpoint.pt", "dead_channels.pt"])
+@pytest.mark.parametrize("width", [80, 120])
+def test_fits_its_width_without_colour_in_a_pipe(run: Run, name: str, width: int) -> None:
+    done = run("inspect", name, "--all", "-v", COLUMNS=str(width))
+    assert "\x1b" not in done.stdout
+    wide = [line for line in done.stdout.splitlines() if len(line) > width and "fix: normdoctor" not in line]
+    assert wide == []
+
+
+def test_ascii_terminals_get_ascii(run: Run) -> None:
+    done = run("inspect", "slow_momentum_module.pt", PYTHONIOENCODING="ascii")
+    assert done.returncode == 1
+    assert done.stdout.isascii()
+
+
+def test_json_is_strict_and_stable(run: Run) -> None:
+    first = run("inspect", "nan_statistics.pt", "healthy.onnx", "--format", "json")
+    again = run("inspect", "nan_statistics.pt", "healthy.onnx", "--format", "json")
+    assert first.stdout == again.stdout
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    document = json.loads(first.stdout, parse_constant=refuse)
+    assert document["schema_version"] == 1
+    assert [file["path"] for file in document["files"]] == ["nan_statistics.pt", "healthy.onnx"]
+    assert document["summary"]["error"] == 1
+
+
+def test_json_names_what_failed(run: Run) -> None:
+    done = run("inspect", "missing.pt", "--format", "json")
+    assert done.returncode == 2
+    document = json.loads(done.stdout)
+    assert document["failed"] == [{"path": "missing.pt", "message": "missing.pt: no such file", "hint": "Check the path."}]
+
+
+def test_output_file(run: Run, tmp_path: Path) -> None:
+    target = tmp_path / "report.json"
+    done = run("inspect", "healthy.pt", "--format", "json", "-o", target)
+    assert done.stdout == ""
+    assert json.loads(target.read_text())["summary"]["files"] == 1
+    assert run("inspect", "healthy.pt", "-o", tmp_path / "none" / "report.txt").returncode == 2
+    assert run("inspect", "healthy.pt", "-o", os.devnull).returncode == 0
+    assert Path(os.devnull).exists()
+
+
+def test_selection(run: Run) -> None:
+    def codes(*options: str) -> set[str]:
+        document = json.loads(run("inspect", "dead_channels.pt", "--format", "json", *options).stdout)
+        return {finding["code"] for finding in document["files"][0]["findings"]}
+
+    everything = codes()
+    assert {"S105", "S106"} <= everything
+    assert codes("--select", "S") == {code for code in everything if code.startswith("S")}
+    assert codes("--select", "S,A", "--ignore", "S106") == {c for c in everything if c[0] in "SA"} - {"S106"}
+    assert codes("--layer", "bn1") < everything
+
+
+def test_layer_selection_keeps_only_those_layers(run: Run) -> None:
+    done = run("inspect", "healthy.pt", "--layer", "layer3.*", "--format", "json")
+    names = [layer["name"] for layer in json.loads(done.stdout)["files"][0]["layers"]]
+    assert names == ["layer3.0.bn1", "layer3.0.bn2", "layer3.0.downsample.1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["inspect", "healthy.pt", "--select", "S1O4"], "no rule 'S1O4'"),
+        (["inspect", "healthy.pt", "--eps", "0"], "eps must be above 0"),
+        (["inspect", "healthy.pt", "--momentum", "2"], "momentum must lie between 0 and 1"),
+        (["inspect", "healthy.pt", "--threshold", "S104"], "CODE.NAME=VALUE"),
+        (["inspect", "healthy.pt", "--threshold", "S104.eror=1"], "no threshold 'eror'"),
+        (["inspect", "."], "is a folder"),
+        (["explain", "S999"], "no rule 'S999'"),
+        (["recalibrate", "healthy.pt", "--method", "debias", "--momentum", "0.1"], "nothing to debias"),
+        (["recalibrate", "slow_momentum.pt", "--method", "debias"], "does not say its momentum"),
+    ],
+)
+def test_one_clear_line_and_a_hint(run: Run, arguments: list[str], words: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("normdoctor: ")
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_thresholds_can_be_set(run: Run) -> None:
+    assert run("inspect", "slow_momentum_module.pt").returncode == 1
+    done = run("inspect", "slow_momentum_module.pt", "--threshold", "S104.error=0.9", "--fail-on", "error")
+    assert done.returncode == 0
+    assert "WARNING  S104" in done.stdout
+
+
+def test_given_momentum_is_no_assumption(run: Run) -> None:
+    done = run("inspect", "slow_momentum.pt", "--momentum", "0.001", "--format", "json")
+    assert done.returncode == 1
+    findings = [f for f in json.loads(done.stdout)["files"][0]["findings"] if f["code"] == "S104"]
+    assert len(findings) == 9
+    assert all(f["assumed"] == {} and f["severity"] == "error" for f in findings)
+
+
+def test_from_sick_to_repaired(run: Run, tmp_path: Path) -> None:
+    sick = FIXTURES / "slow_momentum_module.pt"
+    before = sick.read_bytes()
+    fixed = tmp_path / "fixed.pt"
+    done = run("recalibrate", sick, "--method", "debias", "-o", fixed)
+    assert done.returncode == 0, done.stderr
+    assert sick.read_bytes() == before
+    assert run("inspect", fixed).returncode == 0
+    again = run("recalibrate", fixed, "--method", "debias", "-o", tmp_path / "again.pt")
+    assert again.returncode == 2
+    assert not (tmp_path / "again.pt").exists()
+    assert run("recalibrate", sick, "--method", "debias", "-o", fixed).returncode == 2
+    assert run("recalibrate", sick, "--method", "debias", "-o", fixed, "--overwrite").returncode == 0
+
+
+def test_the_command_a_finding_prints_runs(run: Run, tmp_path: Path) -> None:
+    import shlex
+    import shutil
+
+    shutil.copy(FIXTURES / "slow_momentum_module.pt", tmp_path / "my model.pt")
+    done = run("inspect", "my model.pt", cwd=tmp_path)
+    line = next(line for line in done.stdout.splitlines() if "fix: normdoctor" in line)
+    command = shlex.split(line.partition("fix: normdoctor ")[2].partition("      (")[0])
+    assert run(*command, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "my model.recalibrated.pt").exists()
+
+
+def test_version_and_module(run: Run) -> None:
+    from normdoctor import __version__
+
+    assert run("--version").stdout == f"normdoctor {__version__}\n"
+
+
+def test_hostile_layer_names_cannot_write_to_the_terminal(run: Run, tmp_path: Path) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    name = "bn\x1b[2J\nERROR"
+    arrays = {
+        f"{name}.{leaf}": np.full(8, np.nan, dtype=np.float32)
+        for leaf in ("weight", "bias", "running_mean", "running_var")
+    }
+    save_file(arrays, tmp_path / "evil.safetensors")
+    done = run("inspect", "evil.safetensors", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "\x1b" not in done.stdout
+    assert "bn\\x1b[2J\\nERROR" in done.stdout
+
+
+def test_no_norm_layers_is_said_plainly(run: Run, tmp_path: Path) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    save_file({"fc.weight": np.zeros((2, 3), dtype=np.float32)}, tmp_path / "plain.safetensors")
+    done = run("inspect", "plain.safetensors", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "No norm layers found." in done.stdout

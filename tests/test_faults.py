@@ -1,0 +1,309 @@
+"""Faults put into a really trained network, at a random layer and random channels, in several formats: the rule
+that names the fault finds it, at that layer and those channels."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import normdoctor as nd
+from normdoctor.findings import Report, Severity
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+SEEDS = (0, 1, 2)
+
+FILES = ("zip", "legacy", "safetensors", "module", "legacy module", "onnx", "live")
+MODULES = ("module", "legacy module", "live")
+STATES = ("zip", "legacy", "safetensors")
+
+Norm = Any
+Inject = Callable[[Norm, np.random.Generator], Sequence[int] | None]
+"""Damages one BatchNorm in place; gives the channels that must be named, None where the rule names none."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    code: str
+    severity: Severity
+    inject: Inject
+    formats: tuple[str, ...] = FILES
+    options: dict[str, Any] = field(default_factory=dict)
+    every_layer: bool = False
+    """The fault is put into every layer, and each must be named."""
+    of_the_file: bool = False
+    """The finding is one about the whole file."""
+
+
+def some(norm: Norm, rng: np.random.Generator, count: int = 2) -> list[int]:
+    return sorted(int(channel) for channel in rng.choice(norm.num_features, count, replace=False))
+
+
+def put(tensor_name: str, value: float, count: int = 2) -> Inject:
+    def inject(norm: Norm, rng: np.random.Generator) -> Sequence[int]:
+        channels = some(norm, rng, count)
+        getattr(norm, tensor_name).data[channels] = value
+        return channels
+
+    return inject
+
+
+def nan_and_inf(norm: Norm, rng: np.random.Generator) -> Sequence[int]:
+    """What an overflow in mixed precision leaves: Inf in the mean, NaN in the variance."""
+    channels = some(norm, rng)
+    norm.running_mean[channels] = float("inf")
+    norm.running_var[channels] = float("nan")
+    return channels
+
+
+def reset(norm: Norm, rng: np.random.Generator) -> Sequence[int]:
+    norm.reset_running_stats()
+    return range(norm.num_features)
+
+
+def slow(norm: Norm, rng: np.random.Generator, momentum: float = 0.001, updates: int = 216) -> None:
+    left = (1 - momentum) ** updates
+    norm.running_mean *= 1 - left
+    norm.running_var.mul_(1 - left).add_(left)
+    norm.momentum = momentum
+    norm.num_batches_tracked.fill_(updates)
+
+
+def dead(norm: Norm, rng: np.random.Generator) -> Sequence[int]:
+    channels = some(norm, rng)
+    norm.running_mean[channels] = 0.0
+    norm.running_var[channels] = 4 * 2.0**-149
+    return channels
+
+
+def below_eps(norm: Norm, rng: np.random.Generator) -> Sequence[int]:
+    """A live gain on an input that varies by less than eps."""
+    channels = some(norm, rng)
+    norm.running_var[channels] = 2e-6
+    norm.weight.data[channels] = 1.0
+    return channels
+
+
+def far_mean(norm: Norm, rng: np.random.Generator) -> Sequence[int]:
+    channels = some(norm, rng)
+    norm.running_mean[channels] = 1000 * norm.running_var[channels].sqrt()
+    return channels
+
+
+def fewer_updates(norm: Norm, rng: np.random.Generator) -> None:
+    norm.num_batches_tracked.fill_(150)
+
+
+def no_counter(norm: Norm, rng: np.random.Generator) -> None:
+    norm.num_batches_tracked.zero_()
+
+
+def half_and_back(norm: Norm, rng: np.random.Generator) -> Sequence[int] | None:
+    norm.running_mean.copy_(norm.running_mean.bfloat16().float())
+    norm.running_var.copy_(norm.running_var.bfloat16().float())
+    return range(norm.num_features)
+
+
+def too_small_for_its_start(norm: Norm, rng: np.random.Generator) -> Sequence[int]:
+    norm.momentum = 0.001
+    norm.num_batches_tracked.fill_(216)
+    return [channel for channel in range(norm.num_features) if norm.running_var[channel] < 0.999**216]
+
+
+def lose(*names: str) -> Inject:
+    def inject(norm: Norm, rng: np.random.Generator) -> None:
+        for name in names:
+            setattr(norm, name, None)
+
+    return inject
+
+
+def switched_off(norm: Norm, rng: np.random.Generator) -> Sequence[int]:
+    channels = some(norm, rng, norm.num_features // 2 + 1)
+    norm.weight.data[channels] = 1e-6
+    return channels
+
+
+def zero_gain(norm: Norm, rng: np.random.Generator) -> None:
+    norm.weight.data.zero_()
+
+
+
+def exploding(norm: Norm, rng: np.random.Generator) -> Sequence[int]:
+    channels = some(norm, rng, 1)
+    norm.weight.data[channels] = 2000.0
+    return channels
+
+
+def neutral(norm: Norm, rng: np.random.Generator) -> None:
+    norm.weight.data.copy_((norm.running_var + norm.eps).sqrt())
+    norm.bias.data.copy_(norm.running_mean)
+
+
+def set_attribute(name: str, value: Any) -> Inject:
+    def inject(norm: Norm, rng: np.random.Generator) -> None:
+        setattr(norm, name, value)
+
+    return inject
+
+
+def without_statistics(norm: Norm, rng: np.random.Generator) -> None:
+    norm.track_running_stats = False
+    norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+
+
+def shorter_bias(norm: Norm, rng: np.random.Generator) -> None:
+    norm.bias = nn.Parameter(norm.bias.data[:-1].clone())
+
+
+def other_type(norm: Norm, rng: np.random.Generator) -> None:
+    norm.running_var = norm.running_var.half()
+
+
+E, W, I = Severity.ERROR, Severity.WARNING, Severity.INFO
+
+FAULTS = (
+    Fault("NaN mean", "S101", E, put("running_mean", float("nan"))),
+    Fault("infinite variance", "S101", E, put("running_var", float("inf"))),
+    Fault("AMP overflow", "S101", E, nan_and_inf),
+    Fault("negative variance", "S102", E, put("running_var", -0.25)),
+    Fault("eps subtracted", "S102", E, put("running_var", -1e-5)),
+    Fault("reset buffers", "S103", E, reset, formats=(*STATES, *MODULES)),
+    Fault("reset buffers, no counter", "S103", W, reset, formats=("onnx",)),
+    Fault("slow momentum", "S104", E, slow, formats=MODULES, every_layer=True),
+    Fault("slow momentum, given", "S104", E, slow, formats=STATES, options={"momentum": 0.001}, every_layer=True),
+    Fault("slow momentum, unknown", "S118", W, slow, formats=(*STATES, "onnx"), every_layer=True, of_the_file=True),
+    Fault("dead channels", "S105", W, dead),
+    Fault("variance below eps", "S106", W, below_eps),
+    Fault("far mean", "S108", W, far_mean),
+    Fault("counter behind", "S110", W, fewer_updates, formats=(*STATES, *MODULES)),
+    Fault("counter lost", "S111", I, no_counter, formats=(*STATES, *MODULES)),
+    Fault("16-bit average", "S113", W, half_and_back),
+    Fault("contradiction", "S115", I, too_small_for_its_start, formats=MODULES),
+    Fault("no buffers", "S116", W, lose("running_mean", "running_var", "num_batches_tracked"), formats=STATES),
+    Fault("no weight", "S116", W, lose("weight", "bias"), formats=STATES),
+    Fault("mean alone", "S117", E, lose("running_var"), formats=STATES),
+    Fault("NaN gamma", "A201", E, put("weight", float("nan"))),
+    Fault("infinite beta", "A201", E, put("bias", float("inf"))),
+    Fault("switched off", "A202", W, switched_off),
+    Fault("zero gain", "A203", W, zero_gain),
+    Fault("untouched", "A204", W, lambda norm, rng: (norm.weight.data.fill_(1), norm.bias.data.zero_(), None)[2]),
+    Fault("exploding gain", "A205", W, exploding),
+    Fault("neutral", "A207", I, neutral),
+    Fault("track_running_stats off", "C301", W, without_statistics, formats=MODULES),
+    Fault("flag off, buffers there", "C301", W, set_attribute("track_running_stats", False), formats=MODULES),
+    Fault("exported in training", "C301", E, set_attribute("training", True), formats=("onnx",)),
+    Fault("momentum 0", "C302", I, set_attribute("momentum", 0.0), formats=(*MODULES, "onnx")),
+    Fault("Keras momentum", "C303", W, set_attribute("momentum", 0.99), formats=(*MODULES, "onnx")),
+    Fault("odd eps", "C305", W, set_attribute("eps", 0.1), formats=(*MODULES, "onnx")),
+    Fault("one layer training", "C306", I, set_attribute("training", True), formats=MODULES),
+    Fault("saved in training", "C314", I, set_attribute("training", True), formats=MODULES, every_layer=True, of_the_file=True),
+    Fault("lengths differ", "C311", E, shorter_bias, formats=STATES),
+    Fault("types differ", "C313", W, other_type, formats=(*STATES, *MODULES)),
+    Fault("too large for fp16", "N401", E, put("running_var", 1e6), options={"target": "fp16"}),
+)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_fault_is_found(fault: Fault, seed: int, healthy: Callable[[], nn.Module], tmp_path: Path) -> None:
+    for form in fault.formats:
+        rng = np.random.default_rng([seed, zlib.crc32(f"{fault.name} {form}".encode())])
+        net = healthy()
+        norms = {name: m for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        wide = [name for name, norm in norms.items() if norm.num_features >= 16]
+        chosen = list(norms) if fault.every_layer else [str(rng.choice(wide))]
+        expected = {name: fault.inject(norms[name], rng) for name in chosen}
+        report = inspect(net, form, tmp_path, fault.options)
+        for name, channels in expected.items():
+            about = None if fault.of_the_file else name
+            found = [f for f in report.findings if f.code == fault.code and f.layer == about]
+            where = f"{fault.code} at {name} in {form}; said: {[(f.code, f.layer) for f in report.findings]}"
+            assert len(found) == 1, where
+            assert found[0].severity is fault.severity, where
+            if channels is not None:
+                assert list(found[0].channels) == list(channels), where
+        if not fault.every_layer:
+            others = {f.layer for f in report.findings if f.code == fault.code} - set(chosen)
+            assert fault.code in ("C306",) or not others, f"{fault.code} also at {others} in {form}"
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_the_healthy_network_has_none_of_them(form: str, healthy: Callable[[], nn.Module], tmp_path: Path) -> None:
+    report = inspect(healthy(), form, tmp_path, {})
+    assert [f for f in report.findings if f.severity > Severity.INFO] == []
+
+
+def test_averaged_weights(healthy: Callable[[], nn.Module], tmp_path: Path) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(healthy())
+    for _ in range(3):
+        averaged.update_parameters(healthy())
+    torch.save(averaged.state_dict(), tmp_path / "swa.pt")
+    report = nd.inspect(tmp_path / "swa.pt")
+    assert ("C310", "info") in {(f.code, str(f.severity)) for f in report.findings}
+
+
+@pytest.fixture
+def healthy(nets: ModuleType) -> Callable[[], nn.Module]:
+    """Makes a fresh copy of the trained network of fixtures/healthy_module.pt."""
+
+    def make() -> nn.Module:
+        net: nn.Module = torch.load(FIXTURES / "healthy_module.pt", weights_only=False)
+        return net
+
+    return make
+
+
+def inspect(net: nn.Module, form: str, folder: Path, options: dict[str, Any]) -> Report:
+    if form == "live":
+        return nd.inspect(net, **options)
+    path = folder / "model"
+    if form == "onnx":
+        save_onnx(net, path)
+    elif form == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, path)
+    else:
+        content = net if "module" in form else net.state_dict()
+        torch.save(content, path, _use_new_zipfile_serialization="legacy" not in form)
+    return nd.inspect(path, **options)
+
+
+def save_onnx(net: nn.Module, path: Path) -> None:
+    """The exported twin of the network with the tensors and settings of `net` in it."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    model = onnx.load(FIXTURES / "healthy.onnx")
+    state = net.state_dict()
+    modules = dict(net.named_modules())
+    for node in model.graph.node:
+        if node.op_type == "BatchNormalization":
+            name = node.input[3].removesuffix(".running_mean")
+            norm = modules[name]
+            # The exporter lets equal tensors share one initializer; here each layer gets its own.
+            for place, leaf in enumerate(("weight", "bias", "running_mean", "running_var"), start=1):
+                node.input[place] = f"{name}.{leaf}"
+                kept = [i for i in model.graph.initializer if i.name != node.input[place]]
+                del model.graph.initializer[:]
+                array = state[node.input[place]].numpy()
+                model.graph.initializer.extend([*kept, numpy_helper.from_array(array, node.input[place])])
+            del node.attribute[:]
+            node.attribute.extend(
+                [
+                    helper.make_attribute("epsilon", float(norm.eps)),
+                    helper.make_attribute("momentum", 1.0 - float(norm.momentum)),
+                    helper.make_attribute("training_mode", int(norm.training)),
+                ]
+            )
+    path.write_bytes(model.SerializeToString())
