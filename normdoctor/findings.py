@@ -227,6 +227,8 @@ class Report:
     findings: tuple[Finding, ...]
     """Worst first."""
     skips: tuple[Skip, ...]
+    assumed: Mapping[str, float]
+    """torch's defaults that stood in for what the file does not say, in rules with and without findings."""
     notes: tuple[str, ...]
     near_misses: tuple[NearMiss, ...]
     bytes_read: int

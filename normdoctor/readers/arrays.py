@@ -272,6 +272,9 @@ class StoredArray:
             )
         if not self.size:
             return np.zeros(self.shape, dtype=np.float32)
+        if self.is_contiguous:
+            raw = self.storage.read(self.offset * self.item_size, self.nbytes)
+            return decode(raw, self.dtype, self.big_endian).reshape(self.shape)
         span = (self._reach + 1) * self.item_size
         if span <= max(MAX_SPAN, 2 * self.nbytes):
             raw = self.storage.read(self.offset * self.item_size, span)

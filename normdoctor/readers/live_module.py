@@ -54,7 +54,8 @@ class LiveArray:
     @property
     def identity(self) -> Hashable:
         tensor = self.tensor
-        return (str(tensor.device), tensor.data_ptr(), self.dtype, self.shape, tuple(tensor.stride()))
+        place = tensor.data_ptr() or id(tensor)  # on the meta device all pointers are 0
+        return (str(tensor.device), place, self.dtype, self.shape, tuple(tensor.stride()))
 
     def numpy(self) -> NDArray[Any]:
         return self._values
@@ -84,8 +85,7 @@ class LiveModule:
     @property
     def class_names(self) -> tuple[str, ...]:
         bases = [base for base in type(self.module).__mro__ if base is not object]
-        names = [f"{base.__module__}.{base.__qualname__}" for base in bases]
-        return tuple(name for name in names if name != "torch.nn.modules.module.Module")
+        return tuple(f"{base.__module__}.{base.__qualname__}" for base in bases)
 
     @property
     def attributes(self) -> Mapping[str, Any]:

@@ -25,6 +25,7 @@ from normdoctor.readers.norm_classes import (
     EPS_NAMES,
     FROZEN_CLASS,
     declared_width,
+    kind_of_attributes,
     kind_of_class,
     zero_centred_by_class,
 )
@@ -67,6 +68,8 @@ class _Walk:
     """Identity of a norm module → its place in layers."""
     aliases: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
     """Place in layers → the further names of the module there."""
+    others: set[int] = field(default_factory=set)
+    """Identities of the modules that are no norms."""
     averaged: str | None = None
 
 
@@ -85,8 +88,10 @@ def read_modules(
         references += [Reference(prefix + leaf, array) for leaf, array in module.tensors.items()]
         if module.identity in walk.places:
             walk.aliases[walk.places[module.identity]].append(name)
-            continue
-        _look_at(name, module, walk)
+        elif module.identity not in walk.others:
+            _look_at(name, module, walk)
+            if module.identity not in walk.places:
+                walk.others.add(module.identity)
     layers = with_aliases(walk.layers, walk.aliases)
     model = finish(key, layers, near_misses=walk.misses, averaged=walk.averaged, budget=budget)
     return model, tuple(references)
@@ -114,7 +119,7 @@ def _named_modules(root: ModuleRecord) -> Iterator[tuple[str, ModuleRecord]]:
 def _look_at(name: str, module: ModuleRecord, walk: _Walk) -> None:
     tensors, attributes, class_names = module.tensors, module.attributes, module.class_names
     walk.averaged = walk.averaged or averaged(tensors)
-    kind = kind_of_class(class_names)
+    kind = kind_of_class(class_names) or kind_of_attributes(attributes)
     width = declared_width(attributes)
     group = group_of(name, tensors)
     found = recognise(group) if tensors else None

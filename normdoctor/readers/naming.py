@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 from normdoctor.errors import InputError
-from normdoctor.layers import ArrayRef, Model, NearMiss, NormKind, NormLayer, as_vector
+from normdoctor.layers import ArrayRef, Model, NearMiss, NormKind, NormLayer, as_vector, median
 from normdoctor.readers.arrays import FLOAT_TYPES, MAX_ELEMENTS
 
 WRAPPERS = frozenset(
@@ -65,7 +65,7 @@ EVO_OR_FRN_MEMBERS = {"v": NormKind.EVO, "tau": NormKind.FILTER_RESPONSE}
 DYNAMIC_TANH_EXTRAS = frozenset({"alpha", "shift", "s"})
 
 
-MAX_NAME_BYTES = 128 << 20
+MAX_NAME_BYTES = 64 << 20
 MAX_VALUES = 1 << 25
 """What the names in a file and the values of its norm layers may come to; the largest models need a tenth."""
 
@@ -427,7 +427,7 @@ def _centred_on_zero(layers: Sequence[NormLayer]) -> bool | None:
     values = values[np.isfinite(values)]
     if not values.size:
         return None
-    middle, below = abs(float(np.median(values))), float((values <= 0).mean())
+    middle, below = abs(median(values)), float((values <= 0).mean())
     if middle < 0.5 and below >= 0.1:
         return True
     return None if middle < 0.5 or below >= 0.1 else False

@@ -69,6 +69,15 @@ def kind_of_class(class_names: Sequence[str]) -> NormKind | None:
     return None
 
 
+def kind_of_attributes(attributes: Mapping[str, Any]) -> NormKind | None:
+    """The kind that only torch's own bases give such attributes; a pickle names no bases (class Ln2d(nn.LayerNorm))."""
+    if "normalized_shape" in attributes and "elementwise_affine" in attributes:
+        return NormKind.LAYER if "bias" in (attributes.get("_parameters") or ()) else NormKind.RMS
+    if {"num_groups", "num_channels", "eps", "affine"} <= attributes.keys():
+        return NormKind.GROUP
+    return None
+
+
 def zero_centred_by_class(class_names: Sequence[str], attributes: Mapping[str, Any]) -> bool | None:
     """Whether the class multiplies by 1 + weight; None where neither its name nor a flag says."""
     for flag in ZERO_CENTRED_FLAGS:

@@ -46,6 +46,9 @@ ARITHMETIC: dict[str, Callable[..., NDArray[Any]]] = {
     "Reciprocal": np.reciprocal,
 }
 
+EVALUATED = PASSING | RESHAPING | ARITHMETIC.keys() | {"ConstantOfShape", "Concat", "Range", "DequantizeLinear"}
+"""Ops whose result is a constant when their inputs are."""
+
 
 @dataclass(eq=False)
 class Scope:
@@ -264,11 +267,7 @@ class Program:
         op = step.node.op
         if op == "Constant":
             return self._constant_node(step)
-        if op not in PASSING | RESHAPING | ARITHMETIC.keys() | {
-            "ConstantOfShape",
-            "Range",
-            "DequantizeLinear",
-        }:
+        if op not in EVALUATED:
             return None
         operands = [self.operand(step, index) for index in range(len(step.node.inputs))]
         if op in PASSING | RESHAPING:
@@ -285,6 +284,8 @@ class Program:
             return None
         if op == "Range":
             return self._range(known, identity)
+        if op == "Concat":
+            return self._concat(known, identity)
         if op == "DequantizeLinear":
             return self._dequantized(known, identity)
         return computed(ARITHMETIC[op], known, identity)
@@ -387,6 +388,12 @@ class Program:
             return None
         values = np.arange(start, limit, step, dtype=np.int64)
         return _known(values, identity)
+
+    def _concat(self, refs: list[ArrayRef], identity: tuple[Any, ...]) -> ArrayRef | None:
+        """A shape put together from its lengths, as exporters do."""
+        if sum(map(size, refs)) > SMALL or any(len(ref.shape) != 1 or ref.dtype != "int64" for ref in refs):
+            return None
+        return _known(np.concatenate([ref.numpy() for ref in refs]), identity)
 
     def _dequantized(self, refs: list[ArrayRef], identity: tuple[Any, ...]) -> ArrayRef | None:
         stored, scale = refs[0], refs[1]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from normdoctor.layers import ArrayRef, NearMiss, NormKind, NormLayer
-from normdoctor.readers.naming import strip_wrappers
+from normdoctor.readers.naming import Budget, strip_wrappers
 from normdoctor.readers.onnx_affine import find_affine
 from normdoctor.readers.onnx_arrays import filled, size
 from normdoctor.readers.onnx_graph import ARITHMETIC, MAX_CHAIN, PASSING, RESHAPING, Place, Program, Step
@@ -272,8 +272,16 @@ def _width(program: Program, found: Found, widths: Widths) -> int:
 def read_layers(program: Program) -> tuple[list[Named], list[NearMiss]]:
     """Every norm layer of the model with its place in the graph, in file order, and the near misses."""
     norms, misses = find_norms(program)
+    budget = Budget()
+    for found in norms:
+        # A function with one long name may be called very often, and every call makes names out of it.
+        budget.spend_names(len(found.step.node.name))
     norms = join_twins(program, norms)
     names = name_norms(program, norms)
     widths: Widths = {}
-    pairs = zip(norms, names, strict=True)
-    return [Named(build(program, found, name, widths), found) for found, name in pairs], misses
+    named = []
+    for found, name in zip(norms, names, strict=True):
+        layer = build(program, found, name, widths)
+        budget.spend_values([layer])
+        named.append(Named(layer, found))
+    return named, misses

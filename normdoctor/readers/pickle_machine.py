@@ -22,6 +22,9 @@ from normdoctor.errors import InputError
 MAX_OPCODES = 5_000_000
 """About three seconds of work. A checkpoint of ten thousand tensors with Adam state takes about one million."""
 
+MAX_PAIRS = 200_000
+"""Only Python 2 gave its OrderedDicts lists of pairs; its models were small."""
+
 MAX_LITERAL = 1 << 16
 """A longer string or bytes argument is skipped and stands in the result as `Skipped`."""
 
@@ -101,6 +104,7 @@ class PickleMachine:
 
     def __init__(self, stream: io.BufferedReader | io.BytesIO, what: str) -> None:
         self._stream = stream
+        self._read = stream.read
         self._what = what
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
@@ -111,7 +115,7 @@ class PickleMachine:
         self._pairs = 0
 
     def run(self) -> Pickled:
-        read = self._stream.read
+        read = self._read
         handlers = _HANDLERS
         try:
             for _ in range(MAX_OPCODES):
@@ -155,13 +159,16 @@ class PickleMachine:
     # arguments
 
     def _bytes(self, count: int) -> bytes:
-        data = self._stream.read(count)
+        data = self._read(count)
         if len(data) != count:
             raise EOFError
         return data
 
     def _unsigned(self, width: int) -> int:
-        return int.from_bytes(self._bytes(width), "little")
+        data = self._read(width)
+        if len(data) != width:
+            raise EOFError
+        return int.from_bytes(data, "little")
 
     def _line(self) -> bytes:
         line = self._stream.readline(MAX_LITERAL)
@@ -195,7 +202,7 @@ class PickleMachine:
             # By far the commonest call: as light as a plain dictionary. Python 2 gave it a list of pairs.
             pairs = args[0] if args and isinstance(args[0], list) else []
             self._pairs += len(pairs)
-            if self._pairs > MAX_OPCODES:  # one list of pairs, given to call after call
+            if self._pairs > MAX_PAIRS:  # one list of pairs, given to call after call
                 raise ValueError("pairs")
             self._push({})
             for pair in pairs:
@@ -381,7 +388,7 @@ _HANDLERS: dict[bytes, Callable[[PickleMachine], Any]] = {
     b"G": lambda m: m._push(struct.unpack(">d", m._bytes(8))[0]),
     b"I": _int_line,
     b"J": lambda m: m._push(struct.unpack("<i", m._bytes(4))[0]),
-    b"K": lambda m: m._push(m._unsigned(1)),
+    b"K": lambda m: m._stack.append(m._read(1)[0]),  # the next three make up half of a checkpoint: short
     b"L": _long_line,
     b"M": lambda m: m._push(m._unsigned(2)),
     b"N": lambda m: m._push(None),
@@ -400,14 +407,14 @@ _HANDLERS: dict[bytes, Callable[[PickleMachine], Any]] = {
     b"}": lambda m: m._push({}),
     b"e": _appends,
     b"g": lambda m: m._push(m._memo[int(m._line())]),
-    b"h": lambda m: m._push(m._memo[m._unsigned(1)]),
+    b"h": lambda m: m._stack.append(m._memo[m._read(1)[0]]),
     b"i": _inst,
     b"j": lambda m: m._push(m._memo[m._unsigned(4)]),
     b"l": lambda m: m._push(m._pop_mark()),
     b"]": lambda m: m._push([]),
     b"o": _obj,
     b"p": lambda m: m._memoize(int(m._line())),
-    b"q": lambda m: m._memoize(m._unsigned(1)),
+    b"q": lambda m: m._memo.__setitem__(m._read(1)[0], m._stack[-1]),
     b"r": lambda m: m._memoize(m._unsigned(4)),
     b"s": _setitem,
     b"t": lambda m: m._push(tuple(m._pop_mark())),

@@ -161,10 +161,12 @@ def _search(root: object, reader: TensorReader, budget: Budget, notes: list[str]
                 item.tensors[name] = tensor
             if item.tensors:
                 found.append(item)
-            stack.append(_values_in(keys, mapping.items(), reader, only_models=is_state))
+            kinds = (dict, Call) if is_state else (dict, Call, list, tuple)
+            stack.append(_values_in(keys, mapping, kinds, reader))
         elif isinstance(value, (list, tuple)):
-            numbered = ((str(place), inner) for place, inner in enumerate(value))
-            stack.append(_values_in(keys, numbered, reader, only_models=True))
+            stack.append(
+                ((*keys, str(place)), inner) for place, inner in enumerate(value) if isinstance(inner, (dict, Call))
+            )
     return found
 
 
@@ -177,14 +179,38 @@ def _tensors_in(mapping: Mapping[Any, Any], reader: TensorReader) -> Iterator[tu
 
 
 def _values_in(
-    keys: tuple[str, ...], items: Iterable[tuple[Any, Any]], reader: TensorReader, *, only_models: bool
+    keys: tuple[str, ...], mapping: Mapping[Any, Any], kinds: tuple[type, ...], reader: TensorReader
 ) -> Iterator[tuple[tuple[str, ...], object]]:
-    """What among named values is to be searched further. only_models: no lists, only objects and dictionaries."""
-    for name, inner in items:
-        if not isinstance(name, str) or _is_training_state(name) or reader.tensor(inner) is not None:
-            continue
-        if isinstance(inner, (dict, Call)) or (isinstance(inner, (list, tuple)) and not only_models):
+    """The values of these kinds in a mapping, which are to be searched further."""
+    for name, inner in mapping.items():
+        if (
+            isinstance(inner, kinds)
+            and isinstance(name, str)
+            and not _is_training_state(name)
+            and reader.tensor(inner) is None
+        ):
             yield (*keys, name), inner
+
+
+def uses_of_tensors(root: object, reader: TensorReader) -> list[tuple[ArrayRef, int]]:
+    """Every tensor below `root`, training state included, and in how many places it stands."""
+    uses: dict[int, list[Any]] = {}
+    seen: set[int] = set()
+    stack: list[object] = [root]
+    while stack:
+        value = stack.pop()
+        tensor = reader.tensor(value)
+        if tensor is not None:
+            uses.setdefault(id(tensor.array), [tensor.array, 0])[1] += 1
+            continue
+        if id(value) in seen or not isinstance(value, (dict, list, tuple, Call)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Call):
+            stack += [value.args, value.state, value.items, value.members]
+        else:
+            stack += value.values() if isinstance(value, dict) else value
+    return [(array, count) for array, count in uses.values()]
 
 
 def _is_training_state(key: str) -> bool:

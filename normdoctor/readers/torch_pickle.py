@@ -12,6 +12,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ from normdoctor.layers import Checkpoint, Container, Reference
 from normdoctor.readers import load_calls
 from normdoctor.readers.arrays import ITEM_SIZES, FileStorage, Source, Storage
 from normdoctor.readers.pickle_machine import Pickled, PickleMachine
-from normdoctor.readers.torch_contents import describe, find_models
+from normdoctor.readers.torch_contents import describe, find_models, uses_of_tensors
 from normdoctor.readers.torch_tensors import StorageKey, TensorReader, storage_key
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -262,22 +263,24 @@ def read_legacy(source: Source) -> Checkpoint:
 
     def storage_of(key: StorageKey) -> Storage:
         if key.key not in places:
-            raise InputError(f"{source.path}: the storage {key.key} is missing", "Download the file again.")
+            raise InputError(
+                f"{source.path}: the storage {key.key} is missing or cannot be located",
+                "The file is damaged or was made to mislead; do not load it.",
+            )
         return places[key.key]
 
     return _checkpoint(source, Container.LEGACY, pickles, pickles[3], TensorReader(storage_of, big_endian=False))
 
 
 def _legacy_places(source: Source, position: int, keys: list[object], pickled: Pickled) -> dict[str, FileStorage]:
-    """Where each storage lies. The file gives counts of elements; their size comes from the pickle alone."""
+    """Where each storage lies. The file gives counts of elements; their size comes from the pickle alone, so
+    behind a storage of unknown type nothing can be located."""
     used = filter(None, map(storage_key, pickled.persistent_ids))
     item_sizes = {key.key: ITEM_SIZES[key.dtype] for key in used}
     places: dict[str, FileStorage] = {}
     for key in keys:
         if not isinstance(key, str) or key not in item_sizes:
-            raise InputError(
-                f"{source.path}: a storage is listed that no tensor uses", "The file is damaged or hostile."
-            )
+            break
         if key in places:
             raise InputError(f"{source.path}: the storage {key} is listed twice", "The file is damaged or hostile.")
         count = int.from_bytes(source.read_at(position, 8), "little", signed=True)
@@ -301,9 +304,9 @@ def _checkpoint(
     contents = find_models(content.value, reader)
 
     def list_references() -> tuple[Reference, ...]:
-        named = {id(reference.array) for reference in contents.references}
-        others = (tensor for call in content.calls if (tensor := reader.tensor(call)) is not None)
-        unnamed = [Reference("", tensor.array) for tensor in others if id(tensor.array) not in named]
+        named = Counter(id(reference.array) for reference in contents.references)
+        used = uses_of_tensors(content.value, reader)
+        unnamed = [Reference("", array) for array, count in used if count > named[id(array)]]
         return (*contents.references, *unnamed)
 
     words = {Container.ZIP: "zip", Container.LEGACY: "legacy container"}[container]

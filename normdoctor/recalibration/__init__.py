@@ -26,6 +26,8 @@ class Recalibration:
     method: Literal["debias"]
     repairs: tuple[Repair, ...]
     untouched: tuple[Untouched, ...]
+    recognisable: bool
+    """Whether a second debias of the result would be refused: by its counters, or by the mark in an ONNX file."""
     path: Path | None = None
     """The repaired file, None for a live module."""
     module: Any = None
@@ -78,6 +80,7 @@ def recalibrate(
         method=method,
         repairs=tuple(repairs),
         untouched=tuple(untouched),
+        recognisable=checkpoint.container is Container.ONNX or all(repair.counter is not None for repair in repairs),
         path=target,
         module=model if target is None else None,
     )

@@ -105,15 +105,18 @@ def check_unshared(changes: Iterable[Change], references: Iterable[Reference]) -
                 "Save the model again with contiguous tensors (tensor.clone()).",
             )
         begin = array.offset * array.item_size
+        overlapping = []
         for other in by_storage.get(array.storage.identity, ()):
             assert isinstance(other.array, StoredArray)
             first, last = _extent(other.array)
-            if other.array is not array and first < begin + array.nbytes and begin < last:
-                name = other.name or "training state (an optimizer or an average)"
-                raise RefusedError(
-                    f"{own}: shares its memory with {name}",
-                    "Save the model again with tensors of their own (tensor.clone()).",
-                )
+            if first < begin + array.nbytes and begin < last:
+                overlapping.append(other)
+        if len(overlapping) > 1:
+            others = [other.name or "training state" for other in overlapping if other.name != own]
+            raise RefusedError(
+                f"{own}: shares its memory with {', '.join(others)}",
+                "Save the model again with tensors of their own (tensor.clone()).",
+            )
 
 
 def _extent(array: StoredArray) -> tuple[int, int]:

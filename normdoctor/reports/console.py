@@ -108,7 +108,8 @@ class _Page:
         head = Text()
         head.append(f"{worst.severity.name:<7}", style=STYLES[worst.severity])
         head.append(f"  {worst.code} {worst.name}", style="bold")
-        head.append(f"   {printable(about(group))}")
+        if subject := about(group):
+            head.append(f"   {printable(subject)}")
         self._line(head)
         self._paragraph(worst.message, INDENT)
         if worst.severity > Severity.INFO:
@@ -189,7 +190,7 @@ class _Page:
         for skip in self.report.skips:
             where = skip.layer or "every layer"
             self._paragraph(
-                f"skipped: {skip.code} {skip.rule.name} on {where}: the file does not say {', '.join(skip.missing)}",
+                f"skipped: {skip.code} {skip.rule.name} on {where}, for want of {', '.join(skip.missing)}",
                 2,
             )
         if self.report.near_misses or self.report.skips:
@@ -210,6 +211,10 @@ class _Page:
         line = f"{plural(len(report.layers), 'layer')}: {words or 'nothing found'}"
         if report.skips:
             line += f"; {skips_in_words(report.skips)}"
+        if report.assumed:
+            values = " and ".join(f"{name} {value:g}" for name, value in report.assumed.items())
+            options = " ".join(f"--{name}" for name in report.assumed)
+            line += f"; {values} assumed where the file is silent ({options})"
         self._paragraph(line, 0)
 
 
@@ -255,7 +260,7 @@ def skips_in_words(skips: Sequence[Skip]) -> str:
     """How many rules were skipped, for want of what."""
     rules = {skip.code for skip in skips}
     missing = list(dict.fromkeys(name for skip in skips for name in skip.missing))
-    return f"{plural(len(rules), 'check')} skipped (the file does not say {', '.join(missing)})"
+    return f"{plural(len(rules), 'check')} skipped for want of {', '.join(missing)}"
 
 
 def short_kind(layer: NormLayer) -> str:

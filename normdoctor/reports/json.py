@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from normdoctor.findings import Finding, Report, Severity, Skip
-from normdoctor.layers import NormLayer
+from normdoctor.layers import NormLayer, median
 
 SCHEMA_VERSION = 1
 
@@ -37,6 +37,7 @@ def _file(report: Report) -> dict[str, Any]:
         "layers": [_layer(layer) for layer in report.layers],
         "findings": [_finding(finding) for finding in report.findings],
         "skips": [_skip(skip) for skip in report.skips],
+        "assumed": dict(report.assumed),
         "notes": list(report.notes),
         "near_misses": [
             {"name": miss.name, "shape": list(miss.shape), "reason": miss.reason} for miss in report.near_misses
@@ -88,7 +89,7 @@ def _stats(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, Any]:
     if finite.size:
         stats |= {
             "min": float(finite.min()),
-            "median": float(np.median(finite)),
+            "median": median(finite),
             "mean": float(finite.mean()),
             "max": float(finite.max()),
         }

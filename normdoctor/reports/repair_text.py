@@ -6,11 +6,11 @@ import shlex
 from collections import Counter
 from typing import TextIO
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from normdoctor.layers import median
 from normdoctor.recalibration import Recalibration
 from normdoctor.recalibration.debias import Repair
 from normdoctor.reports.text import printable
@@ -36,7 +36,7 @@ def write(result: Recalibration, stream: TextIO) -> None:
     console.print()
     for reason, count in Counter(entry.reason for entry in result.untouched).items():
         console.print(f"left alone: {count} layer{'s' if count != 1 else ''}: {printable(reason)}")
-    if any(repair.counter is None for repair in result.repairs):
+    if not result.recognisable:
         console.print("note: no counter was raised; do not debias the result again", soft_wrap=True)
     if result.path is not None:
         path = printable(str(result.path))
@@ -50,5 +50,5 @@ def _row(repair: Repair) -> tuple[str, str, str, str]:
     updates = f"{repair.updates:,}"
     if repair.counter is not None and repair.counter != repair.updates:
         updates += f" -> {repair.counter:,}"
-    change = f"{np.median(before):.3g} -> {np.median(repair.running_var):.3g}"
+    change = f"{median(before):.3g} -> {median(repair.running_var):.3g}"
     return printable(repair.layer.name), f"{repair.residue:.1%}", change, updates

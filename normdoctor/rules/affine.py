@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from normdoctor.findings import Confidence, Context, Observation, Rule, Scope, Severity, rule
-from normdoctor.layers import TRACKING_KINDS, NormLayer
+from normdoctor.layers import TRACKING_KINDS, NormLayer, median
 from normdoctor.rules.guards import (
     ENOUGH,
     FEW,
@@ -16,7 +16,6 @@ from normdoctor.rules.guards import (
     for_size,
     frozen,
     in_use,
-    median,
     typical_gain,
     usable_eps,
 )

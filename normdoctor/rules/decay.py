@@ -14,8 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from normdoctor.layers import Mask, NormLayer, Vector
-from normdoctor.rules.guards import median
+from normdoctor.layers import Mask, NormLayer, Vector, median
 
 USUAL_MOMENTA = (0.1, 0.01, 0.03, 0.001, 0.003, 0.05, 0.02, 0.2, 0.3, 0.0003)
 """Momenta that people write, commonest first: tried where the file names none."""

@@ -15,8 +15,8 @@ SEVERITY = {
 }
 
 MEANING = {
-    Danger.MODULE_CLASS: "classes of modules, which a pickled module needs",
-    Danger.DATA_CLASS: "classes of libraries that have no part in a model",
+    Danger.MODULE_CLASS: "the classes that a pickled module is made of",
+    Danger.DATA_CLASS: "classes of settings and records, not of a model",
     Danger.OTHER: "functions that no checkpoint needs",
 }
 
@@ -50,7 +50,7 @@ def runs_code_on_load(checkpoint: Checkpoint, context: Context) -> Iterator[Obse
             groups[call.danger].append(call.name)
     found = {danger: listed for danger, listed in groups.items() if listed}
     worst = next(iter(found))
-    said = [f"{names(listed)} ({MEANING[danger]})" for danger, listed in found.items()]
+    said = [f"{_short(listed)} ({MEANING[danger]})" for danger, listed in found.items()]
     total = sum(map(len, found.values()))
     yield Observation(
         message=f"torch.load(weights_only=False) would call {plural(total, 'name')}: {'; '.join(said)}.",
@@ -59,6 +59,15 @@ def runs_code_on_load(checkpoint: Checkpoint, context: Context) -> Iterator[Obse
         fix="do not load this file with torch; ask where it comes from" if worst is Danger.OTHER else None,
         rank=float(worst.value),
     )
+
+
+def _short(calls: list[str]) -> str:
+    """The names, with torch's own layers only counted: they are in every module."""
+    foreign = [name for name in calls if not name.startswith("torch.nn.modules.")]
+    layers = len(calls) - len(foreign)
+    if layers and foreign:
+        return f"{names(foreign)} and {plural(layers, 'layer')} of torch.nn"
+    return names(calls)
 
 
 RULES: tuple[Rule, ...] = (runs_code_on_load,)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from normdoctor.findings import Severity
-from normdoctor.layers import Mask, NormLayer, Vector
+from normdoctor.layers import Mask, NormLayer, Vector, median
 
 FEW = 8
 """Below this many channels a layer says nothing about a distribution."""
@@ -44,18 +44,6 @@ def frozen(layer: NormLayer) -> bool:
 def frozen_class(layer: NormLayer) -> bool:
     """The class itself cannot learn and, unlike torch's own, has no update counter (FrozenBatchNorm2d)."""
     return "Frozen" in (layer.origin or "")
-
-
-def median(values: Vector) -> float:
-    """The middle value; 0 of nothing. (np.median costs several times as much on vectors this short.)"""
-    size = values.size
-    if size == 0:
-        return 0.0
-    middle = size // 2
-    if size % 2:
-        return float(np.partition(values, middle)[middle])
-    lower, upper = np.partition(values, (middle - 1, middle))[middle - 1 : middle + 1]
-    return (float(lower) + float(upper)) / 2
 
 
 def usable_eps(layer: NormLayer) -> float | None:

@@ -72,6 +72,7 @@ def examine(
     shown = {layer.name for model in models for layer in model.layers if wanted(layer)}
     findings: list[Finding] = []
     skips: list[Skip] = []
+    stood_in: dict[str, float] = {}
     variants: Variants = {}
     for rule in rules:
         run = _Run(rule, checkpoint, settings, variants)
@@ -82,6 +83,7 @@ def examine(
                 run.on_model(model)
         findings += [f for f in run.findings if f.layer is None or f.layer in shown]
         skips += run.skips_of(shown)
+        stood_in |= run.assumed
     layers = tuple(layer for model in models for layer in model.layers if layer.name in shown)
     for layer in layers:
         layer.numbers.load()
@@ -92,6 +94,7 @@ def examine(
         layers=layers,
         findings=tuple(findings),
         skips=tuple(skips),
+        assumed={name: stood_in[name] for name in sorted(stood_in)},
         notes=checkpoint.notes,
         near_misses=tuple(miss for model in models for miss in model.near_misses),
         bytes_read=checkpoint.count_bytes_read(),
@@ -112,6 +115,7 @@ class _Run:
         self.settings = settings
         self.limits = {**rule.limits, **settings.limits.get(rule.code, {})}
         self.findings: list[Finding] = []
+        self.assumed: dict[str, float] = {}
         self._vectors = set(rule.needs).intersection(VECTORS)
         self._missing: dict[str, tuple[str, ...]] = {}
         self._applied = False
@@ -139,6 +143,7 @@ class _Run:
             if missing:
                 self._missing[layer.name] = missing
                 continue
+            self.assumed |= assumed
             ready.append((self._variant(layer, assumed), assumed))
         if not ready:
             return

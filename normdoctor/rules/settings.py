@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from normdoctor.findings import Confidence, Context, Observation, Rule, Scope, Severity, rule
-from normdoctor.layers import TRACKING_KINDS, VECTORS, NormKind, NormLayer
-from normdoctor.rules.guards import exported, frozen, median
+from normdoctor.layers import TRACKING_KINDS, VECTORS, NormKind, NormLayer, median
+from normdoctor.rules.guards import exported, frozen
 from normdoctor.rules.wording import both, names, number, percent, plural
 
 REESTIMATE = "re-estimate them on training data (torch.optim.swa_utils.update_bn(loader, model))"

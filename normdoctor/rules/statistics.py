@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from normdoctor.findings import Confidence, Context, Observation, Rule, Scope, Severity, rule
-from normdoctor.layers import TRACKING_KINDS, NormKind, NormLayer, Vector
+from normdoctor.layers import TRACKING_KINDS, NormKind, NormLayer, Vector, median
 from normdoctor.rules.decay import (
     SMALLEST_NORMAL,
     flushed,
@@ -20,16 +20,7 @@ from normdoctor.rules.decay import (
     residue,
     started_elsewhere,
 )
-from normdoctor.rules.guards import (
-    carries_signal,
-    distance,
-    exported,
-    for_size,
-    frozen,
-    frozen_class,
-    median,
-    usable_eps,
-)
+from normdoctor.rules.guards import carries_signal, distance, exported, for_size, frozen, frozen_class, usable_eps
 from normdoctor.rules.wording import both, number, percent, plural, some_of, where
 
 BATCHNORM_PAPER = "https://arxiv.org/abs/1502.03167"
@@ -524,7 +515,7 @@ def counter_disagreement(layers: tuple[NormLayer, ...], context: Context) -> Ite
     "counter-missing",
     severity=Severity.INFO,
     confidence=Confidence.HIGH,
-    kinds=TRACKING_KINDS,
+    kinds=(NormKind.BATCH,),
     needs=("running_mean", "running_var"),
     why="How much of the initial values is left (S104) cannot be computed without the number of updates.",
     fix="none needed for inference; before training on, set num_batches_tracked or momentum on purpose",
@@ -538,7 +529,8 @@ def counter_missing(layer: NormLayer, context: Context) -> Iterator[Observation]
     count that starts at 0.
 
     Harmless for inference: six published healthy models have it in every layer. Frozen layers and exported
-    operators have no counter by design and are passed over. Example: 52 layers of a converted MobileNetV2.
+    operators have no counter by design and are passed over; so is InstanceNorm, whose counter torch never
+    moves. Example: 52 layers of a converted MobileNetV2.
     """
     updates = layer.numbers.updates
     if layer.numbers.default_statistics or exported(layer) or frozen_class(layer):
@@ -702,11 +694,12 @@ def buffers_missing(layers: tuple[NormLayer, ...], context: Context) -> Iterator
         if not lost:
             continue
         have = min(having[part] for part in lost)
-        words = both([PARTS[part] for part in lost])
+        words = both([field for part in lost for field in PARTS[part]])
         if have:
             where_else = f", but in {have} of {others} other BatchNorms"
         else:
-            where_else = f"{', nor in any other BatchNorm' if others else ''}: dropped, or track_running_stats=False, or another norm named so"
+            nowhere = ", nor in any other BatchNorm" if others else ""
+            where_else = f"{nowhere}: dropped, or track_running_stats=False, or another norm named so"
         yield Observation(
             layer=layer,
             message=f"{words}: not in the file{where_else}.",
@@ -718,10 +711,10 @@ def buffers_missing(layers: tuple[NormLayer, ...], context: Context) -> Iterator
 
 
 PARTS = {
-    "statistics": "running_mean and running_var",
-    "weight": "weight",
-    "bias": "bias",
-    "num_batches_tracked": "num_batches_tracked",
+    "statistics": ("running_mean", "running_var"),
+    "weight": ("weight",),
+    "bias": ("bias",),
+    "num_batches_tracked": ("num_batches_tracked",),
 }
 
 

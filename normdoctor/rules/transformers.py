@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from normdoctor.findings import Confidence, Context, Observation, Rule, Scope, Severity, rule
-from normdoctor.layers import NormKind, NormLayer, as_vector
-from normdoctor.rules.guards import ENOUGH, median
+from normdoctor.layers import NormKind, NormLayer, as_vector, median
+from normdoctor.rules.guards import ENOUGH
 from normdoctor.rules.wording import number, plural, some_of, where
 
 TOKEN_KINDS = (NormKind.LAYER, NormKind.RMS, NormKind.LAYER_OR_RMS)

@@ -94,7 +94,7 @@ def test_norms(shapes: dict[str, Any], kind: NormKind) -> None:
     (layer,) = read_names(tensors(shapes)).layers
     assert layer.kind is kind
     assert layer.name == next(iter(shapes)).rpartition(".")[0]
-    assert layer.channels == {"BatchNorm of one channel": 1}.get("", max(map(int, map(np.prod, shapes.values()))))
+    assert layer.channels == max(int(np.prod(shape)) for shape in shapes.values())
 
 
 FRIENDS = {
@@ -170,7 +170,7 @@ def flags(named: Mapping[str, Stored]) -> dict[str, bool | None]:
 
 
 def test_zero_centred_gains_are_seen_in_the_values_of_all_layers_of_a_place() -> None:
-    gemma = {f"layers.{i}.input_layernorm.weight": gains(0.2) for i in range(4)}
+    gemma = {f"layers.{i}.input_layernorm.weight": gains(0.05) for i in range(4)}
     assert set(flags(gemma).values()) == {True}
     llama = {f"layers.{i}.input_layernorm.weight": gains(1.0) for i in range(4)}
     assert set(flags(llama).values()) == {False}

@@ -1195,6 +1195,22 @@ HOSTILE = {
         + NORM
     ),
     "a name of 9 MB": raw_model(raw_node("A" * 9_000_000, [], [])),
+    "one long name at very many calls": raw_model(
+        raw_node("f", ["x"], ["y"], "l") * 90_000,
+        bytes_field(
+            25,
+            bytes_field(1, b"f")
+            + bytes_field(7, bytes_field(3, b"n" * 60_000) + bytes_field(4, b"LayerNormalization"))
+            + bytes_field(10, b"l"),
+        ),
+    ),
+    "many norms of many channels": raw_model(
+        raw_node("Constant", [], ["s"], more=bytes_field(5, bytes_field(1, b"value_int") + varint_field(3, 1 << 23)))
+        + b"".join(
+            raw_node("ConstantOfShape", ["s"], [f"w{i}"]) + raw_node("LayerNormalization", ["x", f"w{i}"], [f"y{i}"])
+            for i in range(50)
+        )
+    ),
     "a constant that needs itself": raw_model(raw_node("Add", ["w", "w"], ["w"]) + NORM),
     "external without location": raw_model(NORM + raw_tensor("w", [1], varint_field(14, 1))),
 }

@@ -236,3 +236,39 @@ def test_a_cumulative_average_restarts_when_the_counter_is_zero(trained) -> None
     batch = torch.randn(8, 16) + 40
     norm.train()(batch)
     assert torch.allclose(norm.running_mean, batch.mean(0), rtol=1e-5)
+
+
+@settings(max_examples=5, deadline=None)
+@given(momentum=st.sampled_from([0.5, 0.9, 0.99, 1.0]))
+def test_a_large_momentum_keeps_the_noise_of_one_batch(momentum, judge) -> None:
+    """The share of a batch's noise that C303 names, against a simulated average."""
+    generator = torch.Generator().manual_seed(0)
+    norm = torch.nn.BatchNorm1d(4000, momentum=momentum, affine=False)
+    for _ in range(40):
+        norm(torch.randn(4, 4000, generator=generator))
+    of_one_batch = 1 / 4
+    finding = only(judge({"momentum": momentum}, codes={"C303"}), "C303")
+    assert finding.evidence["noise_share"] == pytest.approx(float(norm.running_mean.var()) / of_one_batch, rel=0.1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 999), eps=st.sampled_from([0.05, 0.1, 0.5]))
+def test_the_effect_of_another_eps_is_what_torch_computes(seed, eps, judge, trained, as_overrides) -> None:
+    norm = trained(updates=60, seed=seed)
+    layer = as_overrides(norm)
+    report = judge(*[layer | {"eps": 1e-5} for _ in range(3)], layer | {"eps": eps}, codes={"C305"})
+    changes = np.abs(slopes(norm, 1e-5) / slopes(norm, eps))
+    finding = only(report, "C305")
+    assert finding.layer == "bn3"
+    # The rule takes the median of the logarithms: between the two middle channels that is nearly the same.
+    middle = np.sort(changes)[7:9] - 1
+    assert middle[0] * 0.999 <= finding.evidence["gain_change"] <= middle[1] * 1.001
+
+
+def test_the_other_eps_for_a_keras_model_is_torchs(judge, trained, as_overrides) -> None:
+    norm = trained(updates=50)
+    with torch.no_grad():
+        norm.running_var[3] = 5e-4
+    finding = only(judge(as_overrides(norm) | {"eps": 1e-3}, codes={"S106"}), "S106")
+    assert finding.evidence["gain"] == pytest.approx(slopes(norm, 1e-3)[3], rel=1e-5)
+    assert finding.evidence["gain_with_other_eps"] == pytest.approx(slopes(norm, 1e-5)[3], rel=1e-5)

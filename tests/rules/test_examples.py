@@ -238,6 +238,7 @@ STATISTICS = [
     fires("S111", "no counter at all", BARE | {"num_batches_tracked": None}, at=[], severity=INFO),
     silent("S111", "nothing to lose", FRESH | {"weight": GAINS[:16]}),
     silent("S111", "exported operators have none", ONNX),
+    silent("S111", "torch's InstanceNorm never counts", {"kind": NormKind.INSTANCE, "num_batches_tracked": 0}),
     silent(
         "S111",
         "frozen classes have none",
@@ -297,6 +298,7 @@ STATISTICS = [
         "float16 rounds the residue to 0",
         {"momentum": 0.1, "num_batches_tracked": 200, "running_var": {0: 0.0}, "dtypes": {"running_var": "float16"}},
     ),
+    silent("S115", "negative is S102's", {"momentum": 0.1, "num_batches_tracked": 216, "running_var": {0: -1.0}}),
     silent("S115", "above the bound", {"momentum": 0.1, "num_batches_tracked": 216}),
     fires("S116", "statistics dropped", *norms(3, **BARE), BARE | GONE, at={"bn3": []}, severity=WARNING),
     fires("S116", "weight dropped", *norms(3, **BARE), BARE | {"weight": None}, at={"bn3": []}, severity=WARNING),
@@ -397,6 +399,16 @@ AFFINE = [
         "A207",
         "the mean is not put back",
         {"weight": np.full(16, 2.0), "running_var": np.full(16, 4.0), "bias": np.full(16, 3.0)},
+    ),
+    silent(
+        "A207",
+        "only half of the channels",
+        {
+            "weight": dict.fromkeys(range(8), 2.0),
+            "running_var": dict.fromkeys(range(8), 4.0),
+            "bias": dict.fromkeys(range(8), 0.0),
+            "running_mean": dict.fromkeys(range(8), 0.0),
+        },
     ),
     silent("A207", "as created, which says nothing", FRESH, {}),
     silent(
@@ -530,6 +542,7 @@ NUMERICS = [
     silent("N403", "float16 is fine enough", {"running_mean": {0: 20.0}}, precision="fp16"),
     silent("N403", "integers are another matter", {"running_mean": {0: 200.0}}, precision="int8"),
     fires("N407", "decayed", {"running_mean": {1: -FLOOR}, "running_var": {2: FLOOR}}, at=[1, 2], severity=INFO),
+    fires("N407", "only a variance", {"running_var": {2: 1e-40}}, at=[2], severity=INFO),
     silent("N407", "zero is no subnormal", {"running_mean": {1: 0.0}, "running_var": {2: 2e-38}}),
 ]
 
@@ -603,6 +616,12 @@ TRANSFORMERS = [
         token_norm(centred(0.0), zero_centred=False),
         at={"bn4": []},
         severity=INFO,
+    ),
+    silent(
+        "T712",
+        "values of both sorts, none alone",
+        *[token_norm(centred(0.0, n), zero_centred=True) for n in range(3)],
+        *[token_norm(centred(1.0, n), zero_centred=True) for n in range(3)],
     ),
     silent("T712", "one convention", *[token_norm(centred(0.0, n), zero_centred=True) for n in range(4)]),
     silent(
@@ -687,7 +706,22 @@ def test_messages_name_the_numbers(judge) -> None:
     assert "1 of 16 channels (6)" in said["S106"] and "1 silent channel" in said["S106"]
     assert "momentum of 0.1" in said["S105"]
     assert "torch's 0.01" in said["C303"]
+    assert said["C311"].startswith("Lengths differ: ")
     assert "weight 12 values" in said["C311"] and "running_var 16 values" in said["C311"]
+
+
+def test_confidence_follows_the_evidence(judge) -> None:
+    fraction = {"num_batches_tracked": np.array(41.5)}
+    levels = [
+        judge(given, codes={"C310"}, averaged=averaged).findings[0].confidence
+        for given, averaged in (({}, "n_averaged = 12"), (fraction, None), (fraction, "n_averaged = 12"))
+    ]
+    assert levels[0] == levels[1] < levels[2]
+    gone = BARE | GONE
+    (alone,) = judge(gone, codes={"S116"}).findings
+    (among,) = judge(BARE, BARE, gone, codes={"S116"}).findings
+    assert alone.confidence < among.confidence
+    assert "track_running_stats=False" in alone.message and "2 of 2 other" in among.message
 
 
 def test_calls_on_load_are_named_worst_first(judge) -> None:

@@ -1,0 +1,266 @@
+"""Repaired buffers in a copy: those bytes and their checksums differ, nothing else; refused means nothing written."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import normdoctor as nd
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+CHANGED = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@pytest.fixture
+def net(nets: ModuleType) -> nn.Module:
+    """The network of fixtures/slow_momentum_module.pt: momentum 0.001, 216 updates."""
+    loaded: nn.Module = torch.load(FIXTURES / "slow_momentum_module.pt", weights_only=False)
+    return loaded
+
+
+def save(net: nn.Module, form: str, path: Path) -> None:
+    if form == "safetensors":
+        save_file(net.state_dict(), path)
+        return
+    content = net if "module" in form else net.state_dict()
+    torch.save(content, path, _use_new_zipfile_serialization="legacy" not in form)
+
+
+def load_state(form: str, path: Path) -> dict[str, torch.Tensor]:
+    if form == "safetensors":
+        return load_file(path)
+    loaded = torch.load(path, weights_only="module" not in form)
+    return loaded.state_dict() if "module" in form else loaded  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "module", "legacy module", "safetensors"])
+def test_only_the_repaired_buffers_change(net: nn.Module, form: str, tmp_path: Path) -> None:
+    sick, fixed = tmp_path / "sick", tmp_path / "fixed"
+    save(net, form, sick)
+    before = sick.read_bytes()
+    result = nd.recalibrate(sick, method="debias", output=fixed, momentum=0.001)
+    assert result.path == fixed
+    assert sick.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fixed", "sick"]
+    old, new = load_state(form, sick), load_state(form, fixed)
+    assert list(old) == list(new)
+    left = 0.999**216
+    for name, tensor in old.items():
+        leaf = name.rpartition(".")[2]
+        if leaf == "running_mean":
+            torch.testing.assert_close(new[name], tensor / (1 - left))
+        elif leaf == "running_var":
+            torch.testing.assert_close(new[name], (tensor - left) / (1 - left), rtol=1e-5, atol=1e-6)
+        elif leaf == "num_batches_tracked":
+            assert new[name] > tensor
+        else:
+            assert torch.equal(new[name], tensor)
+    assert len(fixed.read_bytes()) == len(before)
+    report = nd.inspect(fixed, momentum=0.001)
+    assert not {"S104", "S115", "S118"} & {finding.code for finding in report.findings}
+    with pytest.raises(nd.RefusedError):
+        nd.recalibrate(fixed, method="debias", output=tmp_path / "again", momentum=0.001)
+    assert not (tmp_path / "again").exists()
+
+
+def test_zip_records_and_checksums(net: nn.Module, tmp_path: Path) -> None:
+    sick, fixed = tmp_path / "sick.pt", tmp_path / "fixed.pt"
+    save(net, "module", sick)
+    nd.recalibrate(sick, method="debias", output=fixed)
+    with zipfile.ZipFile(sick) as old, zipfile.ZipFile(fixed) as new:
+        assert new.testzip() is None
+        assert old.namelist() == new.namelist()
+        differ = [name for name in old.namelist() if old.read(name) != new.read(name)]
+        assert len(differ) == 3 * 9
+        # Everything outside those payloads and their two checksums is the same to the byte.
+        masked = [bytearray(path.read_bytes()) for path in (sick, fixed)]
+        for content in masked:
+            for info in map(old.getinfo, differ):
+                name_length, extra_length = struct.unpack_from("<HH", content, info.header_offset + 26)
+                begin = info.header_offset + 30 + name_length + extra_length
+                content[begin : begin + info.file_size] = bytes(info.file_size)
+                content[info.header_offset + 14 : info.header_offset + 18] = bytes(4)
+            at = old.start_dir
+            for info in old.infolist():
+                lengths = struct.unpack_from("<HHH", content, at + 28)
+                if info.filename in differ:
+                    content[at + 16 : at + 20] = bytes(4)
+                at += 46 + sum(lengths)
+        assert _without_descriptors(masked[0], old, differ) == _without_descriptors(masked[1], old, differ)
+
+
+def _without_descriptors(content: bytearray, archive: zipfile.ZipFile, names: list[str]) -> bytes:
+    """torch may write a record as a stream, with its checksum behind the data."""
+    for info in map(archive.getinfo, names):
+        if info.flag_bits & 0x08:
+            name_length, extra_length = struct.unpack_from("<HH", content, info.header_offset + 26)
+            end = info.header_offset + 30 + name_length + extra_length + info.file_size
+            content[end : end + 8] = bytes(8)
+    return bytes(content)
+
+
+def repack(source: Path, target: Path, compression: int, stream: bool = False) -> None:
+    """The same records compressed, or written to something that cannot seek (checksums behind the data)."""
+
+    class Unseekable:
+        def __init__(self, path: Path) -> None:
+            self.file = path.open("wb")
+
+        def write(self, data: bytes) -> int:
+            return self.file.write(data)
+
+        def flush(self) -> None:
+            self.file.flush()
+
+    where: Any = Unseekable(target) if stream else target
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(where, "w", compression) as new:
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info), compression)
+    if stream:
+        where.file.close()
+
+
+@pytest.mark.parametrize(
+    ("compression", "stream"),
+    [(zipfile.ZIP_DEFLATED, False), (zipfile.ZIP_STORED, True), (zipfile.ZIP_DEFLATED, True)],
+)
+def test_other_zips(net: nn.Module, tmp_path: Path, compression: int, stream: bool) -> None:
+    plain, sick, fixed, reference = (tmp_path / name for name in ("plain.pt", "sick.pt", "fixed.pt", "reference.pt"))
+    save(net, "module", plain)
+    repack(plain, sick, compression, stream)
+    nd.recalibrate(plain, method="debias", output=reference)
+    nd.recalibrate(sick, method="debias", output=fixed)
+    with zipfile.ZipFile(fixed) as new, zipfile.ZipFile(reference) as expected:
+        assert new.testzip() is None
+        assert new.namelist() == expected.namelist()
+        assert all(new.read(name) == expected.read(name) for name in new.namelist())
+    assert {layer.name for layer in nd.inspect(fixed).layers} == {layer.name for layer in nd.inspect(plain).layers}
+
+
+def test_shared_and_expanded_buffers_are_refused_by_name(net: nn.Module, tmp_path: Path) -> None:
+    state = net.state_dict()
+    shared = dict(state)
+    shared["head.running_var"] = shared["bn1.running_var"]
+    flat = dict(state)
+    memory = torch.stack([state["bn1.running_mean"], state["bn1.running_var"]], 1)
+    flat["bn1.running_mean"], flat["bn1.running_var"] = memory[:, 0], memory[:, 1]
+    for name, content, words in (("shared", shared, "head.running_var"), ("strided", flat, "bn1.running_mean")):
+        path = tmp_path / f"{name}.pt"
+        torch.save(content, path)
+        with pytest.raises(nd.RefusedError, match=words):
+            nd.recalibrate(path, method="debias", momentum=0.001)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shared.pt", "strided.pt"]
+
+
+def test_memory_shared_with_training_state_is_refused(net: nn.Module, tmp_path: Path) -> None:
+    state = net.state_dict()
+    torch.save({"model": state, "optimizer": {"state": {0: {"x": state["bn1.running_var"]}}}}, tmp_path / "c.pt")
+    before = (tmp_path / "c.pt").read_bytes()
+    with pytest.raises(nd.RefusedError, match="shares its memory"):
+        nd.recalibrate(tmp_path / "c.pt", method="debias", momentum=0.001)
+    assert (tmp_path / "c.pt").read_bytes() == before
+
+
+def test_views_of_one_storage_that_do_not_overlap_are_written(net: nn.Module, tmp_path: Path) -> None:
+    state = net.state_dict()
+    memory = torch.cat([state["bn1.running_mean"], state["bn1.running_var"]])
+    state["bn1.running_mean"], state["bn1.running_var"] = memory[:8], memory[8:]
+    torch.save(state, tmp_path / "views.pt")
+    nd.recalibrate(tmp_path / "views.pt", method="debias", momentum=0.001, output=tmp_path / "fixed.pt")
+    fixed = torch.load(tmp_path / "fixed.pt")
+    left = 0.999**216
+    torch.testing.assert_close(fixed["bn1.running_var"], (memory[8:] - left) / (1 - left), rtol=1e-5, atol=1e-6)
+
+
+def test_a_value_its_type_cannot_hold_is_refused(tmp_path: Path) -> None:
+    state = {
+        "bn.weight": torch.ones(4).half(),
+        "bn.bias": torch.ones(4).half(),
+        "bn.running_mean": torch.full((4,), 60000.0).half(),
+        "bn.running_var": torch.full((4,), 2.0).half(),
+        "bn.num_batches_tracked": torch.tensor(216),
+    }
+    torch.save(state, tmp_path / "half.pt")
+    with pytest.raises(nd.RefusedError, match=r"bn\.running_mean: float16 cannot hold"):
+        nd.recalibrate(tmp_path / "half.pt", method="debias", momentum=0.001)
+
+
+def test_names_of_outputs(net: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "model.best.pt"
+    save(net, "module", path)
+    result = nd.recalibrate(path, method="debias")
+    assert result.path == tmp_path / "model.best.recalibrated.pt"
+    with pytest.raises(nd.UsageError, match="exists already"):
+        nd.recalibrate(path, method="debias")
+    nd.recalibrate(path, method="debias", overwrite=True)
+    with pytest.raises(nd.UsageError, match="is the input itself"):
+        nd.recalibrate(path, method="debias", output=path, overwrite=True)
+    with pytest.raises(nd.UsageError, match="no such folder"):
+        nd.recalibrate(path, method="debias", output=tmp_path / "none" / "f.pt")
+    with pytest.raises(nd.UsageError, match="no layer matches"):
+        nd.recalibrate(path, method="debias", output=tmp_path / "g.pt", layer=["nothing*"])
+
+
+def test_only_chosen_layers(net: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    save(net, "module", path)
+    result = nd.recalibrate(path, method="debias", output=tmp_path / "f.pt", layer=["layer3.*"])
+    assert {repair.layer.name.split(".")[0] for repair in result.repairs} == {"layer3"}
+    old, new = load_state("module", path), load_state("module", tmp_path / "f.pt")
+    assert all(torch.equal(old[n], new[n]) for n in old if not n.startswith("layer3"))
+
+
+def test_live_module_in_place(net: nn.Module) -> None:
+    assert {f.code for f in nd.inspect(net).findings} >= {"S104"}
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    places = {name: buffer.data_ptr() for name, buffer in net.named_buffers()}
+    result = nd.recalibrate(net, method="debias")
+    assert result.module is net and result.path is None
+    left = 0.999**216
+    for name, buffer in net.named_buffers():
+        assert buffer.data_ptr() == places[name]
+        if name.endswith("running_var"):
+            torch.testing.assert_close(buffer, (before[name] - left) / (1 - left), rtol=1e-5, atol=1e-6)
+    assert "S104" not in {f.code for f in nd.inspect(net).findings}
+
+
+def test_interrupted_writing_leaves_nothing(net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.pt"
+    save(net, "module", path)
+
+    def fail(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copyfile", fail)
+    with pytest.raises(KeyboardInterrupt):
+        nd.recalibrate(path, method="debias")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.pt"]
+
+
+def test_accuracy_returns(nets: ModuleType, tmp_path: Path) -> None:
+    fixed = tmp_path / "fixed.pt"
+    nd.recalibrate(FIXTURES / "slow_momentum_module.pt", method="debias", output=fixed)
+    sick = torch.load(FIXTURES / "slow_momentum_module.pt", weights_only=False)
+    assert nets.accuracy(sick) < 0.5
+    assert nets.accuracy(torch.load(fixed, weights_only=False)) > 0.97
+
+
+def test_values_are_rounded_once(make_layer: Callable[..., Any]) -> None:
+    from normdoctor.readers.arrays import decode, encode
+
+    values = np.array([1.0, 1 + 2**-8, 1 + 3 * 2**-9, 3.14159])
+    for dtype in ("float16", "bfloat16", "float32", "float64"):
+        expected = torch.tensor(values, dtype=torch.float64).to(getattr(torch, dtype)).double().numpy()
+        for big_endian in (False, True):
+            np.testing.assert_array_equal(decode(encode(values, dtype, big_endian), dtype, big_endian), expected)
