@@ -231,9 +231,7 @@ def exit_code(reports: list[Report], fail_on: FailOn) -> int:
 
 @app.command()
 def rules(
-    output_format: Annotated[
-        ListFormat, typer.Option("--format", help="How to write the list.")
-    ] = ListFormat.CONSOLE,
+    output_format: Annotated[ListFormat, typer.Option("--format", help="How to write the list.")] = ListFormat.CONSOLE,
 ) -> None:
     """List every rule: code, name, severity and what it says."""
     from normdoctor.reports import rule_book

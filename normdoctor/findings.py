@@ -151,7 +151,7 @@ def rule(
     needs: NormLayer fields that must be known; a layer that lacks one gives a Skip instead of a call.
     assumes: eps and momentum may be filled with torch's defaults (capping the finding at warning).
     even_untrained: False where a model that was never trained would set it off by design.
-    why: one sentence, why it matters. fix: the next command or step; {path} and {stem} are filled in.
+    why: one sentence, why it matters. fix: the next command or step; {path} and {fixed} are filled in.
     limits: thresholds by name; they appear in the evidence and can be set by the user.
     """
 

@@ -113,7 +113,9 @@ def test_json_names_what_failed(run: Run) -> None:
     done = run("inspect", "missing.pt", "--format", "json")
     assert done.returncode == 2
     document = json.loads(done.stdout)
-    assert document["failed"] == [{"path": "missing.pt", "message": "missing.pt: no such file", "hint": "Check the path."}]
+    assert document["failed"] == [
+        {"path": "missing.pt", "message": "missing.pt: no such file", "hint": "Check the path."}
+    ]
 
 
 def test_output_file(run: Run, tmp_path: Path) -> None:

@@ -110,8 +110,9 @@ def test_readme_accuracies_are_those_of_the_fixtures() -> None:
     import json
 
     accuracies = json.loads((ROOT / "fixtures" / "accuracy.json").read_text())["slow_momentum_module.pt"]
-    assert f"{100 * accuracies['train']:.1f} % of the held-out digits; in eval mode {100 * accuracies['eval']:.1f} %" in (
-        README.replace("\n", " ")
+    assert (
+        f"{100 * accuracies['train']:.1f} % of the held-out digits; in eval mode {100 * accuracies['eval']:.1f} %"
+        in (README.replace("\n", " "))
     )
 
 

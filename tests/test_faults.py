@@ -137,7 +137,6 @@ def zero_gain(norm: Norm, rng: np.random.Generator) -> None:
     norm.weight.data.zero_()
 
 
-
 def exploding(norm: Norm, rng: np.random.Generator) -> Sequence[int]:
     channels = some(norm, rng, 1)
     norm.weight.data[channels] = 2000.0
@@ -169,47 +168,57 @@ def other_type(norm: Norm, rng: np.random.Generator) -> None:
     norm.running_var = norm.running_var.half()
 
 
-E, W, I = Severity.ERROR, Severity.WARNING, Severity.INFO
+ERROR, WARNING, INFO = Severity.ERROR, Severity.WARNING, Severity.INFO
 
 FAULTS = (
-    Fault("NaN mean", "S101", E, put("running_mean", float("nan"))),
-    Fault("infinite variance", "S101", E, put("running_var", float("inf"))),
-    Fault("AMP overflow", "S101", E, nan_and_inf),
-    Fault("negative variance", "S102", E, put("running_var", -0.25)),
-    Fault("eps subtracted", "S102", E, put("running_var", -1e-5)),
-    Fault("reset buffers", "S103", E, reset, formats=(*STATES, *MODULES)),
-    Fault("reset buffers, no counter", "S103", W, reset, formats=("onnx",)),
-    Fault("slow momentum", "S104", E, slow, formats=MODULES, every_layer=True),
-    Fault("slow momentum, given", "S104", E, slow, formats=STATES, options={"momentum": 0.001}, every_layer=True),
-    Fault("slow momentum, unknown", "S118", W, slow, formats=(*STATES, "onnx"), every_layer=True, of_the_file=True),
-    Fault("dead channels", "S105", W, dead),
-    Fault("variance below eps", "S106", W, below_eps),
-    Fault("far mean", "S108", W, far_mean),
-    Fault("counter behind", "S110", W, fewer_updates, formats=(*STATES, *MODULES)),
-    Fault("counter lost", "S111", I, no_counter, formats=(*STATES, *MODULES)),
-    Fault("16-bit average", "S113", W, half_and_back),
-    Fault("contradiction", "S115", I, too_small_for_its_start, formats=MODULES),
-    Fault("no buffers", "S116", W, lose("running_mean", "running_var", "num_batches_tracked"), formats=STATES),
-    Fault("no weight", "S116", W, lose("weight", "bias"), formats=STATES),
-    Fault("mean alone", "S117", E, lose("running_var"), formats=STATES),
-    Fault("NaN gamma", "A201", E, put("weight", float("nan"))),
-    Fault("infinite beta", "A201", E, put("bias", float("inf"))),
-    Fault("switched off", "A202", W, switched_off),
-    Fault("zero gain", "A203", W, zero_gain),
-    Fault("untouched", "A204", W, lambda norm, rng: (norm.weight.data.fill_(1), norm.bias.data.zero_(), None)[2]),
-    Fault("exploding gain", "A205", W, exploding),
-    Fault("neutral", "A207", I, neutral),
-    Fault("track_running_stats off", "C301", W, without_statistics, formats=MODULES),
-    Fault("flag off, buffers there", "C301", W, set_attribute("track_running_stats", False), formats=MODULES),
-    Fault("exported in training", "C301", E, set_attribute("training", True), formats=("onnx",)),
-    Fault("momentum 0", "C302", I, set_attribute("momentum", 0.0), formats=(*MODULES, "onnx")),
-    Fault("Keras momentum", "C303", W, set_attribute("momentum", 0.99), formats=(*MODULES, "onnx")),
-    Fault("odd eps", "C305", W, set_attribute("eps", 0.1), formats=(*MODULES, "onnx")),
-    Fault("one layer training", "C306", I, set_attribute("training", True), formats=MODULES),
-    Fault("saved in training", "C314", I, set_attribute("training", True), formats=MODULES, every_layer=True, of_the_file=True),
-    Fault("lengths differ", "C311", E, shorter_bias, formats=STATES),
-    Fault("types differ", "C313", W, other_type, formats=(*STATES, *MODULES)),
-    Fault("too large for fp16", "N401", E, put("running_var", 1e6), options={"target": "fp16"}),
+    Fault("NaN mean", "S101", ERROR, put("running_mean", float("nan"))),
+    Fault("infinite variance", "S101", ERROR, put("running_var", float("inf"))),
+    Fault("AMP overflow", "S101", ERROR, nan_and_inf),
+    Fault("negative variance", "S102", ERROR, put("running_var", -0.25)),
+    Fault("eps subtracted", "S102", ERROR, put("running_var", -1e-5)),
+    Fault("reset buffers", "S103", ERROR, reset, formats=(*STATES, *MODULES)),
+    Fault("reset buffers, no counter", "S103", WARNING, reset, formats=("onnx",)),
+    Fault("slow momentum", "S104", ERROR, slow, formats=MODULES, every_layer=True),
+    Fault("slow momentum, given", "S104", ERROR, slow, formats=STATES, options={"momentum": 0.001}, every_layer=True),
+    Fault(
+        "slow momentum, unknown", "S118", WARNING, slow, formats=(*STATES, "onnx"), every_layer=True, of_the_file=True
+    ),
+    Fault("dead channels", "S105", WARNING, dead),
+    Fault("variance below eps", "S106", WARNING, below_eps),
+    Fault("far mean", "S108", WARNING, far_mean),
+    Fault("counter behind", "S110", WARNING, fewer_updates, formats=(*STATES, *MODULES)),
+    Fault("counter lost", "S111", INFO, no_counter, formats=(*STATES, *MODULES)),
+    Fault("16-bit average", "S113", WARNING, half_and_back),
+    Fault("contradiction", "S115", INFO, too_small_for_its_start, formats=MODULES),
+    Fault("no buffers", "S116", WARNING, lose("running_mean", "running_var", "num_batches_tracked"), formats=STATES),
+    Fault("no weight", "S116", WARNING, lose("weight", "bias"), formats=STATES),
+    Fault("mean alone", "S117", ERROR, lose("running_var"), formats=STATES),
+    Fault("NaN gamma", "A201", ERROR, put("weight", float("nan"))),
+    Fault("infinite beta", "A201", ERROR, put("bias", float("inf"))),
+    Fault("switched off", "A202", WARNING, switched_off),
+    Fault("zero gain", "A203", WARNING, zero_gain),
+    Fault("untouched", "A204", WARNING, lambda norm, rng: (norm.weight.data.fill_(1), norm.bias.data.zero_(), None)[2]),
+    Fault("exploding gain", "A205", WARNING, exploding),
+    Fault("neutral", "A207", INFO, neutral),
+    Fault("track_running_stats off", "C301", WARNING, without_statistics, formats=MODULES),
+    Fault("flag off, buffers there", "C301", WARNING, set_attribute("track_running_stats", False), formats=MODULES),
+    Fault("exported in training", "C301", ERROR, set_attribute("training", True), formats=("onnx",)),
+    Fault("momentum 0", "C302", INFO, set_attribute("momentum", 0.0), formats=(*MODULES, "onnx")),
+    Fault("Keras momentum", "C303", WARNING, set_attribute("momentum", 0.99), formats=(*MODULES, "onnx")),
+    Fault("odd eps", "C305", WARNING, set_attribute("eps", 0.1), formats=(*MODULES, "onnx")),
+    Fault("one layer training", "C306", INFO, set_attribute("training", True), formats=MODULES),
+    Fault(
+        "saved in training",
+        "C314",
+        I,
+        set_attribute("training", True),
+        formats=MODULES,
+        every_layer=True,
+        of_the_file=True,
+    ),
+    Fault("lengths differ", "C311", ERROR, shorter_bias, formats=STATES),
+    Fault("types differ", "C313", WARNING, other_type, formats=(*STATES, *MODULES)),
+    Fault("too large for fp16", "N401", ERROR, put("running_var", 1e6), options={"target": "fp16"}),
 )
 
 

@@ -323,12 +323,12 @@ def why_no_norms(tensors: Mapping[str, ArrayRef]) -> str | None:
         parent, _, leaf = name.rpartition(".")
         parents[parent][leaf] = tensor
     convolutions = [leaves for leaves in parents.values() if "weight" in leaves and len(leaves["weight"].shape) >= 3]
-    biased = sum("bias" in leaves for leaves in convolutions)
     if not convolutions:
         return None
-    if biased * 2 >= len(convolutions):
-        return f"probably folded already: {biased} of {len(convolutions)} convolutions carry a bias, as folding leaves them"
-    return f"{len(convolutions) - biased} of {len(convolutions)} convolutions have no bias, so nothing was folded into them"
+    biased, total = sum("bias" in leaves for leaves in convolutions), len(convolutions)
+    if 2 * biased >= total:
+        return f"probably folded already: {biased} of {total} convolutions carry a bias, as folding leaves them"
+    return f"{total - biased} of {total} convolutions have no bias, so nothing was folded into them"
 
 
 def averaged(tensors: Mapping[str, ArrayRef]) -> str | None:
@@ -397,8 +397,8 @@ def settle_gains(layers: Sequence[NormLayer]) -> list[NormLayer]:
     """Decide for norms with a gain alone whether weight means gamma or gamma - 1.
 
     The class decides where the file names one. Otherwise the values do, never of a single layer: those of
-    the same place (layers.*.q_norm, layers.*.linear_attn.norm) are looked at together, and a place whose values could be
-    either follows the rest of the file."""
+    the same place (layers.*.q_norm, layers.*.linear_attn.norm) are looked at together, and a place whose
+    values could be either follows the rest of the file."""
     places: dict[str, list[NormLayer]] = defaultdict(list)
     for layer in layers:
         if layer.kind in GAIN_ONLY and layer.weight is not None and layer.zero_centred_by_class is None:

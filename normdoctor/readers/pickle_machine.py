@@ -19,8 +19,8 @@ from typing import Any
 
 from normdoctor.errors import InputError
 
-MAX_OPCODES = 5_000_000
-"""About three seconds of work. A checkpoint of ten thousand tensors with Adam state takes about one million."""
+MAX_OPCODES = 3_000_000
+"""A few seconds of work. A checkpoint of ten thousand tensors with Adam state takes about one million."""
 
 MAX_PAIRS = 200_000
 """Only Python 2 gave its OrderedDicts lists of pairs; its models were small."""

@@ -7,7 +7,7 @@ state repeats the shapes of norm tensors under other names and is never entered.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -164,9 +164,7 @@ def _search(root: object, reader: TensorReader, budget: Budget, notes: list[str]
             kinds = (dict, Call) if is_state else (dict, Call, list, tuple)
             stack.append(_values_in(keys, mapping, kinds, reader))
         elif isinstance(value, (list, tuple)):
-            stack.append(
-                ((*keys, str(place)), inner) for place, inner in enumerate(value) if isinstance(inner, (dict, Call))
-            )
+            stack.append(_places_in(keys, value))
     return found
 
 
@@ -190,6 +188,12 @@ def _values_in(
             and reader.tensor(inner) is None
         ):
             yield (*keys, name), inner
+
+
+def _places_in(keys: tuple[str, ...], values: Sequence[object]) -> Iterator[tuple[tuple[str, ...], object]]:
+    for place, inner in enumerate(values):
+        if isinstance(inner, (dict, Call)):
+            yield (*keys, str(place)), inner
 
 
 def uses_of_tensors(root: object, reader: TensorReader) -> list[tuple[ArrayRef, int]]:

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+REESTIMATE = "re-estimate the buffers on training data (torch.optim.swa_utils.update_bn(loader, model)) and save again"
+"""The step that most rules about running statistics end with."""
+
 SHOWN = 5
 
 

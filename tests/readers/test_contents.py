@@ -127,9 +127,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("pattern, paths", WRAPPED.values(), ids=WRAPPED)
-def test_wrappers_are_kept_for_display_and_dropped_for_matching(
-    pattern: str, paths: list[str], reread: Reread
-) -> None:
+def test_wrappers_are_kept_for_display_and_dropped_for_matching(pattern: str, paths: list[str], reread: Reread) -> None:
     checkpoint = reread({pattern.format(name): tensor for name, tensor in state().items()})
     assert names(checkpoint) == [pattern.format(name) for name in PLAIN]
     assert [layer.path for layer in checkpoint.layers] == paths

@@ -36,9 +36,7 @@ class Stored:
 
 def tensors(shapes: Mapping[str, Any], prefix: str = "") -> dict[str, Stored]:
     """{"bn.weight": 16} → references by name; a tuple is a shape, () a scalar."""
-    return {
-        prefix + name: Stored((shape,) if isinstance(shape, int) else shape) for name, shape in shapes.items()
-    }
+    return {prefix + name: Stored((shape,) if isinstance(shape, int) else shape) for name, shape in shapes.items()}
 
 
 def of(parent: str, **leaves: Any) -> dict[str, Any]:
