@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
+from pathlib import Path
 from typing import Any, Literal
 
 from normdoctor.layers import Model, NearMiss, NormKind, NormLayer
@@ -47,6 +48,15 @@ class Evidence(Enum):
 
 
 Precision = Literal["fp16", "bf16", "int8"]
+
+DEBIAS_COMMAND = "normdoctor recalibrate {path} --method debias{momentum} -o {fixed}"
+"""The repair that needs no data, as a fix names it."""
+
+
+def repaired_path(source: Path) -> Path:
+    """Where a repaired copy goes unless the user says otherwise: model.pt → model.recalibrated.pt"""
+    return source.with_name(f"{source.stem}.recalibrated{source.suffix}")
+
 
 HYPER_FIELDS = frozenset({"eps", "momentum", "training", "affine", "track_running_stats", "num_batches_tracked"})
 ASSUMABLE_FIELDS = frozenset({"eps", "momentum"})
@@ -151,7 +161,7 @@ def rule(
     needs: NormLayer fields that must be known; a layer that lacks one gives a Skip instead of a call.
     assumes: eps and momentum may be filled with torch's defaults (capping the finding at warning).
     even_untrained: False where a model that was never trained would set it off by design.
-    why: one sentence, why it matters. fix: the next command or step; {path} and {fixed} are filled in.
+    why: one sentence, why it matters. fix: the next command or step; {path}, {fixed} and {momentum} are filled in.
     limits: thresholds by name; they appear in the evidence and can be set by the user.
     """
 

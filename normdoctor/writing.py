@@ -9,29 +9,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from normdoctor.errors import UsageError
-from normdoctor.readers.arrays import unreadable
+from normdoctor.errors import InputError, UsageError
 
 
 def check_output(output: Path, source: Path | None, overwrite: bool) -> None:
     """Raise UsageError where writing `output` would touch the input or an existing file without a word for it."""
-    if source is not None and output.exists() and source.exists() and output.samefile(source):
-        raise UsageError(f"{output}: is the input itself, which is never overwritten", "Choose another -o.")
-    if output.is_dir():
-        raise UsageError(f"{output}: is a folder", "Give the name of a file with -o.")
-    if output.is_file() and not overwrite:
-        raise UsageError(f"{output}: exists already", "Choose another -o, or add --overwrite.")
-    if not output.parent.is_dir():
-        raise UsageError(f"{output.parent}: no such folder", "Create it first.")
+    try:
+        if source is not None and output.exists() and source.exists() and output.samefile(source):
+            raise UsageError(f"{output}: is the input itself, which is never overwritten", "Choose another -o.")
+        if output.is_dir():
+            raise UsageError(f"{output}: is a folder", "Give the name of a file with -o.")
+        if output.is_file() and not overwrite:
+            raise UsageError(f"{output}: exists already", "Choose another -o, or add --overwrite.")
+        if not output.parent.is_dir():
+            raise UsageError(f"{output.parent}: no such folder", "Create it first.")
+    except OSError as error:  # a folder that may not be searched, a name too long
+        raise _unwritable(output, error) from None
+
+
+def _unwritable(output: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{output}: cannot be written ({error.strerror or error})",
+        "Check the name, the permissions of the folder and the space left on the disk.",
+    )
 
 
 @contextmanager
 def replacing(output: Path) -> Iterator[Path]:
     """A temporary path that becomes `output` when the block ends well and vanishes when it does not."""
     try:
-        handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.", suffix=".part")
+        handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name[:40]}.", suffix=".part")
     except OSError as error:
-        raise unreadable(output, error) from None
+        raise _unwritable(output, error) from None
     os.close(handle)
     temporary = Path(name)
     try:
@@ -47,6 +56,6 @@ def replacing(output: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~mask)  # mkstemp gives 0600; the user expects an ordinary file
         temporary.replace(output)
     except OSError as error:
-        raise unreadable(output, error) from None
+        raise _unwritable(output, error) from None
     finally:
         temporary.unlink(missing_ok=True)

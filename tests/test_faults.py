@@ -210,7 +210,7 @@ FAULTS = (
     Fault(
         "saved in training",
         "C314",
-        I,
+        INFO,
         set_attribute("training", True),
         formats=MODULES,
         every_layer=True,

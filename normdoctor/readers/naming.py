@@ -39,7 +39,7 @@ FLAT_PARAMETER = re.compile(r"(^|[._])_?flat_param(_\d+)?$")
 
 ROLES = {
     "weight": ("weight", "gamma", "scale", "g"),
-    "bias": ("bias", "beta"),
+    "bias": ("bias", "beta", "b"),
     "running_mean": ("running_mean", "moving_mean", "_mean", "mean"),
     "running_var": ("running_var", "moving_variance", "moving_var", "_variance", "variance", "var"),
     "num_batches_tracked": ("num_batches_tracked",),
@@ -114,6 +114,8 @@ class Group:
     parent: str
     roles: dict[str, ArrayRef] = field(default_factory=dict)
     others: dict[str, ArrayRef] = field(default_factory=dict)
+    weight_name: str = "weight"
+    """The leaf name that the weight goes by."""
 
     @property
     def own_name(self) -> str:
@@ -162,6 +164,8 @@ def group_of(parent: str, tensors: Mapping[str, ArrayRef]) -> Group:
         for name in names:
             if name in tensors:
                 group.roles[role] = tensors[name]
+                if role == "weight":
+                    group.weight_name = name
                 break
     statistics = group.roles.keys() & {"running_mean", "running_var"}
     if len(statistics) == 1 and not any(name.startswith(("running_", "moving_")) for name in tensors):
@@ -228,7 +232,9 @@ def _with_statistics(group: Group, vectors: Mapping[str, ArrayRef]) -> Recognise
 
 
 def _many_dimensional(group: Group) -> Recognised | str | None:
-    """LayerNorm over several axes keeps its affine in their shape: [1, 264]. A convolution's bias never does."""
+    """LayerNorm over several axes keeps its affine in their shape: [1, 264]. A convolution's bias never does.
+
+    Norms of channels that come first keep a gain of shape [1, C, 1, 1], and call it g or gamma."""
     weight, bias = group.roles.get("weight"), group.roles.get("bias")
     if weight is None or not _plausible(weight) or group.others:
         return None
@@ -236,6 +242,9 @@ def _many_dimensional(group: Group) -> Recognised | str | None:
         if not group.named_like_norm:
             return "weight and bias of one shape, but no norm's name"
         return Recognised(NormKind.LAYER, _size(weight), {"weight": weight, "bias": bias})
+    one_axis = len(weight.shape) > 1 and max(weight.shape) == _size(weight)
+    if bias is None and one_axis and group.weight_name in ("g", "gamma") and group.named_like_norm:
+        return Recognised(_kind_by_name(group, NormKind.LAYER_OR_RMS), _size(weight), {"weight": weight})
     return None
 
 

@@ -11,7 +11,7 @@ from normdoctor.layers import NormKind
 from normdoctor.readers.arrays import MAX_ELEMENTS
 
 KINDS_BY_NAME: tuple[tuple[str, NormKind], ...] = (
-    (r"RMSNorm|RmsNorm|^T5LayerNorm$|^SimpleRMS", NormKind.RMS),
+    (r"RMS_?[Nn]orm|RmsNorm|^T5LayerNorm$|^SimpleRMS", NormKind.RMS),
     (r"BatchNorm|^(InPlace)?ABN(Sync)?$|^InplaceAbn$|^BatchRenorm", NormKind.BATCH),
     (r"InstanceNorm", NormKind.INSTANCE),
     (r"LayerNorm", NormKind.LAYER),

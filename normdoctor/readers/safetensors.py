@@ -7,6 +7,7 @@ https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 from normdoctor.errors import InputError
@@ -51,13 +52,11 @@ def read(source: Source) -> Checkpoint:
     length = int.from_bytes(source.read_at(0, 8), "little")
     if 8 + length > source.size:
         raise _damaged(source, f"its header claims {length:,} bytes, more than the file has")
-    tensors = {}
-    for name, entry in _header(source, source.read_at(8, length)).items():
-        if name == "__metadata__":
-            continue
-        array = _array(source, name, entry, 8 + length)
-        if array is not None:
-            tensors[name] = array
+    header = _header(source, source.read_at(8, length))
+    header.pop("__metadata__", None)
+    arrays = {name: _array(source, name, entry, 8 + length) for name, entry in header.items()}
+    _check_apart(source, header)
+    tensors = {name: array for name, array in arrays.items() if array is not None}
     model = read_names(tensors)
     why = None if model.layers else why_no_norms(tensors)
     return Checkpoint(
@@ -95,7 +94,8 @@ def _array(source: Source, name: str, entry: Any, start: int) -> StoredArray | N
     """The tensor of one header entry, None for an element type of no interest here (4-bit floats)."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)) or len(shape) > 64:
+        numbers = (begin, end, *shape)
+        if not all(type(n) is int and n >= 0 for n in numbers) or len(shape) > 64 or not isinstance(dtype, str):
             raise TypeError
     except (KeyError, TypeError, ValueError):
         raise _damaged(source, f"the entry of {name} is malformed") from None
@@ -107,6 +107,15 @@ def _array(source: Source, name: str, entry: Any, start: int) -> StoredArray | N
     if array.nbytes != end - begin:
         raise _damaged(source, f"{name} has {end - begin:,} bytes for the shape {shape} of {dtype}")
     return array
+
+
+def _check_apart(source: Source, header: dict[str, Any]) -> None:
+    """The format allows no overlap; a change to one tensor would change the other."""
+    spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+    filled = [span for span in spans if span[0] < span[1]]
+    for (_, end, first), (begin, _, second) in pairwise(filled):
+        if begin < end:
+            raise _damaged(source, f"{first} and {second} overlap")
 
 
 def _damaged(source: Source, how: str) -> InputError:

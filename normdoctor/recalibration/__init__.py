@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from normdoctor.errors import RefusedError, UsageError
+from normdoctor.findings import repaired_path
 from normdoctor.inspection import check_momentum, matches
 from normdoctor.layers import Checkpoint, Container
 from normdoctor.readers import open_checkpoint
@@ -63,7 +64,7 @@ def recalibrate(
     momentum = check_momentum(momentum)
     target = None
     if isinstance(model, (str, Path)):
-        target = default_output(Path(model)) if output is None else Path(output)
+        target = repaired_path(Path(model)) if output is None else Path(output)
         check_output(target, Path(model), overwrite)
     elif output is not None:
         raise UsageError("a live module is repaired in place", "Leave out output, and save it with torch.save.")
@@ -86,11 +87,6 @@ def recalibrate(
     )
 
 
-def default_output(source: Path) -> Path:
-    """model.pt → model.recalibrated.pt"""
-    return source.with_name(f"{source.stem}.recalibrated{source.suffix}")
-
-
 def _refuse_repetition(checkpoint: Checkpoint) -> None:
     if checkpoint.container is not Container.ONNX:
         return
@@ -108,7 +104,7 @@ def _write(checkpoint: Checkpoint, repairs: list[Repair], output: Path | None) -
     if checkpoint.container is Container.MEMORY:
         from normdoctor.recalibration import with_torch
 
-        with_torch.assign(repairs)
+        with_torch.assign(checkpoint, repairs)
         return
     assert output is not None
     if checkpoint.container is Container.ONNX:

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
+from normdoctor.errors import RefusedError
+from normdoctor.layers import Checkpoint
+from normdoctor.readers.arrays import decode
 from normdoctor.readers.live_module import LiveArray
 from normdoctor.recalibration.debias import Repair
+from normdoctor.recalibration.write_back import changes_of, check_unshared, encode_checked
 
 
-def assign(repairs: Iterable[Repair]) -> None:
-    """Overwrite the buffers in place, in their own type and on their own device."""
-    for repair in repairs:
-        _fill(repair.layer.running_mean, torch.from_numpy(repair.running_mean))
-        _fill(repair.layer.running_var, torch.from_numpy(repair.running_var))
-        if repair.counter is not None:
-            _fill(repair.layer.num_batches_tracked, torch.tensor(repair.counter))
+def assign(checkpoint: Checkpoint, repairs: Iterable[Repair]) -> None:
+    """Overwrite the buffers in place, in their own type and on their own device; all of them or none.
 
-
-def _fill(array: Any, values: torch.Tensor) -> None:
-    assert isinstance(array, LiveArray)
+    Raises RefusedError where write_back would, and for tensors made in inference mode."""
+    changes = changes_of(repairs)
+    check_unshared(changes, checkpoint.list_references())
+    prepared = []
+    for change in changes:
+        array = change.array
+        assert isinstance(array, LiveArray)
+        if array.tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise RefusedError(
+                f"{change.layer.name}.{change.field}: was made in inference mode and cannot be changed outside",
+                "Call recalibrate under torch.inference_mode(), or clone the buffers.",
+            )
+        values = torch.from_numpy(decode(encode_checked(change), array.dtype).copy())
+        prepared.append((array.tensor, values.reshape(array.shape)))
     with torch.no_grad():
-        array.tensor.copy_(values.reshape(array.tensor.shape))
+        for tensor, values in prepared:
+            tensor.copy_(values)

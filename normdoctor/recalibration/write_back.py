@@ -8,10 +8,10 @@ import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from normdoctor.errors import RefusedError
 from normdoctor.layers import ArrayRef, Checkpoint, Container, NormLayer, Reference
 from normdoctor.readers.arrays import FLOAT_TYPES, FileStorage, Source, StoredArray, decode, encode
+from normdoctor.readers.live_module import LiveArray
 from normdoctor.readers.torch_pickle import LOCAL_HEADER, DeflatedStorage, ZipRecords
 from normdoctor.recalibration.debias import Repair
 from normdoctor.writing import replacing
@@ -88,42 +89,56 @@ def write_back(checkpoint: Checkpoint, changes: Sequence[Change], output: Path) 
 
 def check_unshared(changes: Iterable[Change], references: Iterable[Reference]) -> None:
     """Raise RefusedError where a change would show under another name too, or the tensor repeats elements."""
-    by_storage: dict[Any, list[Reference]] = {}
+    by_place: dict[Hashable, list[tuple[_Memory, str]]] = {}
     for reference in references:
-        if isinstance(reference.array, StoredArray):
-            by_storage.setdefault(reference.array.storage.identity, []).append(reference)
+        memory = _memory_of(reference.array)
+        by_place.setdefault(memory.place, []).append((memory, reference.name or "training state"))
     for change in changes:
-        array, own = change.array, f"{change.layer.name}.{change.field}"
+        own, memory = f"{change.layer.name}.{change.field}", _memory_of(change.array)
         if change.layer.aliases:
             raise RefusedError(
                 f"{change.layer.name}: the same layer is stored as {', '.join(change.layer.aliases)} as well",
                 "A shared layer sees several distributions; give each place its own layer first.",
             )
-        if not isinstance(array, StoredArray) or not array.is_contiguous:
+        if not memory.is_contiguous:
             raise RefusedError(
                 f"{own}: its elements are expanded or strided, so one value cannot be changed alone",
                 "Save the model again with contiguous tensors (tensor.clone()).",
             )
-        begin = array.offset * array.item_size
-        overlapping = []
-        for other in by_storage.get(array.storage.identity, ()):
-            assert isinstance(other.array, StoredArray)
-            first, last = _extent(other.array)
-            if first < begin + array.nbytes and begin < last:
-                overlapping.append(other)
+        overlapping = [
+            name
+            for other, name in by_place.get(memory.place, ())
+            if other.begin < memory.end and memory.begin < other.end
+        ]
         if len(overlapping) > 1:
-            others = [other.name or "training state" for other in overlapping if other.name != own]
+            others = [name for name in overlapping if name != own]
             raise RefusedError(
                 f"{own}: shares its memory with {', '.join(others)}",
                 "Save the model again with tensors of their own (tensor.clone()).",
             )
 
 
-def _extent(array: StoredArray) -> tuple[int, int]:
-    """First byte and the byte behind the last, within the storage."""
-    reach = sum((n - 1) * step for n, step in zip(array.shape, array.element_strides, strict=True))
-    begin = array.offset * array.item_size
-    return begin, begin + (reach + 1) * array.item_size if array.size else begin
+class _Memory(NamedTuple):
+    """Where a tensor lies: in what, its first byte and the byte behind its last."""
+
+    place: Hashable
+    begin: int
+    end: int
+    is_contiguous: bool
+
+
+def _memory_of(array: ArrayRef) -> _Memory:
+    place: Hashable
+    if isinstance(array, StoredArray):
+        place, begin, strides = array.storage.identity, array.offset * array.item_size, array.element_strides
+        item_size, is_contiguous = array.item_size, array.is_contiguous
+    else:
+        assert isinstance(array, LiveArray)
+        tensor = array.tensor
+        place, begin, strides = str(tensor.device), int(tensor.data_ptr()), tuple(tensor.stride())
+        item_size, is_contiguous = int(tensor.element_size()), bool(tensor.is_contiguous())
+    reach = sum((length - 1) * step for length, step in zip(array.shape, strides, strict=True))
+    return _Memory(place, begin, begin + (reach + 1) * item_size if array.nbytes else begin, is_contiguous)
 
 
 def encode_checked(change: Change) -> bytes:
@@ -131,7 +146,9 @@ def encode_checked(change: Change) -> bytes:
     array = change.array
     big_endian = isinstance(array, StoredArray) and array.big_endian
     data = encode(change.values, array.dtype, big_endian)
-    if array.dtype in FLOAT_TYPES and not np.isfinite(decode(data, array.dtype, big_endian)).all():
+    stored = decode(data, array.dtype, big_endian)
+    fits = np.isfinite(stored) if array.dtype in FLOAT_TYPES else stored == change.values
+    if not fits.all():
         raise RefusedError(
             f"{change.layer.name}.{change.field}: {array.dtype} cannot hold {np.abs(change.values).max():.3g}",
             "Save the model in float32 first.",
@@ -217,9 +234,10 @@ def _rewrite_zip(source: Path, target: Path, patches: Sequence[_Patch]) -> None:
     with Source(source) as original, target.open("wb") as file:
         records = ZipRecords(original)
         infos = list(records.infos.values())
-        if original.size >= FAR_PAST_ZIP32:
+        if original.size >= FAR_PAST_ZIP32 or len(infos) >= 0xFFFF:
             raise RefusedError(
-                f"{source}: a compressed zip beyond 4 GB cannot be rewritten", "Save it again with torch.save."
+                f"{source}: a compressed zip beyond 4 GB or 65,535 records cannot be rewritten",
+                "Save it again with torch.save.",
             )
         places, sizes = {}, {}
         ends = _record_ends(original, infos)

@@ -64,7 +64,8 @@ def write_explanation(rule: Rule, stream: TextIO) -> None:
         console.print(" ".join(paragraph.split()))
         console.print()
     console.print(f"Why: {rule.why}")
-    console.print(f"Fix: {rule.fix.replace('{path}', 'model.pt').replace('{fixed}', 'fixed.pt')}")
+    fix = rule.fix.replace("{path}", "model.pt").replace("{fixed}", "fixed.pt").replace("{momentum}", "")
+    console.print(f"Fix: {fix}")
     if rule.limits:
         shown = ", ".join(f"{name} {value:g}" for name, value in rule.limits.items())
         console.print(f"Thresholds: {shown}  (--threshold {rule.code}.NAME=VALUE)")

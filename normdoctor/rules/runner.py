@@ -14,6 +14,7 @@ from typing import Any
 
 from normdoctor.findings import (
     ASSUMABLE_FIELDS,
+    DEBIAS_COMMAND,
     Context,
     Finding,
     Observation,
@@ -23,6 +24,7 @@ from normdoctor.findings import (
     Scope,
     Severity,
     Skip,
+    repaired_path,
 )
 from normdoctor.layers import (
     DEFAULT_EPS,
@@ -30,6 +32,7 @@ from normdoctor.layers import (
     TRACKING_KINDS,
     VECTORS,
     Checkpoint,
+    Container,
     Model,
     NormLayer,
 )
@@ -114,6 +117,7 @@ class _Run:
         self.checkpoint = checkpoint
         self.settings = settings
         self.limits = {**rule.limits, **settings.limits.get(rule.code, {})}
+        self._silent = {layer.name for layer in checkpoint.layers if layer.momentum is None}
         self.findings: list[Finding] = []
         self.assumed: dict[str, float] = {}
         self._vectors = set(rule.needs).intersection(VECTORS)
@@ -205,10 +209,17 @@ class _Run:
                 message=message,
                 evidence=evidence,
                 assumed=dict(assumed),
-                fix=fill_in(rule.fix if seen.fix is None else seen.fix, self.checkpoint.path),
+                fix=fill_in(rule.fix if seen.fix is None else seen.fix, self.checkpoint, self._momentum_option(layer)),
                 rank=seen.rank,
             )
         )
+
+    def _momentum_option(self, layer: NormLayer | None) -> str:
+        """What a command about this layer must add because the file does not say its momentum."""
+        if layer is None or layer.name not in self._silent:
+            return ""
+        given = self.settings.momentum
+        return f" --momentum {'VALUE' if given is None else f'{given:g}'}"
 
     def skips_of(self, shown: set[str]) -> Iterator[Skip]:
         """One Skip for the file where the rule came to no layer at all, else one for each layer."""
@@ -252,8 +263,13 @@ def _filled(layer: NormLayer, values: Mapping[str, float]) -> NormLayer:
     return filled
 
 
-def fill_in(fix: str, path: str) -> str:
-    """Put the file's name into a fix: {path} as the shell wants it, {fixed} for a sensible output."""
-    source = Path(path)
-    fixed = source.with_name(f"{source.stem}.recalibrated{source.suffix}")
-    return fix.replace("{path}", shlex.quote(path)).replace("{fixed}", shlex.quote(str(fixed)))
+def fill_in(fix: str, checkpoint: Checkpoint, momentum: str = "") -> str:
+    """Put the file's name into a fix: {path} as the shell wants it, {fixed} for a sensible output, {momentum} for
+    the option that a file without one needs. A live module is repaired through the API instead."""
+    if checkpoint.container is Container.MEMORY:
+        fix = fix.replace(DEBIAS_COMMAND, 'normdoctor.recalibrate(module, method="debias")')
+    path = Path(checkpoint.path)
+    words = {"{path}": str(path), "{fixed}": str(repaired_path(path))}
+    for placeholder, word in words.items():
+        fix = fix.replace(placeholder, shlex.quote(word))
+    return fix.replace("{momentum}", momentum)

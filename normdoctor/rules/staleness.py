@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from normdoctor.findings import Confidence, Context, Observation, Rule, Scope, Severity, rule
+from normdoctor.findings import DEBIAS_COMMAND, Confidence, Context, Observation, Rule, Scope, Severity, rule
 from normdoctor.layers import TRACKING_KINDS, NormKind, NormLayer
 from normdoctor.rules.decay import (
     SMALLEST_NORMAL,
@@ -70,7 +70,7 @@ def never_updated_stats(layer: NormLayer, context: Context) -> Iterator[Observat
     kinds=TRACKING_KINDS,
     needs=("running_mean", "running_var", "num_batches_tracked", "momentum"),
     why="Eval divides by the wrong spread; training never notices.",
-    fix="normdoctor recalibrate {path} --method debias -o {fixed}      (no data needed)",
+    fix=DEBIAS_COMMAND + "      (no data needed)",
     reference=BATCHNORM_PAPER,
     limits={"error": 0.10, "warning": 0.01, "info": 0.001},
 )

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import normdoctor as nd
+from normdoctor.readers import open_checkpoint
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 CHANGED = ("running_mean", "running_var", "num_batches_tracked")
@@ -146,6 +147,92 @@ def test_other_zips(net: nn.Module, tmp_path: Path, compression: int, stream: bo
         assert new.namelist() == expected.namelist()
         assert all(new.read(name) == expected.read(name) for name in new.namelist())
     assert {layer.name for layer in nd.inspect(fixed).layers} == {layer.name for layer in nd.inspect(plain).layers}
+
+
+@pytest.mark.parametrize("form", ["legacy", "legacy module", "safetensors"])
+def test_no_byte_outside_the_changed_buffers_differs(net: nn.Module, form: str, tmp_path: Path) -> None:
+    sick, fixed = tmp_path / "sick", tmp_path / "fixed"
+    save(net, form, sick)
+    nd.recalibrate(sick, method="debias", output=fixed, momentum=0.001)
+    old, new = (np.frombuffer(path.read_bytes(), np.uint8) for path in (sick, fixed))
+    differs = old != new
+    with open_checkpoint(sick) as checkpoint:
+        for layer in checkpoint.layers:
+            for array in (getattr(layer, field) for field in CHANGED):
+                begin = array.storage.offset + array.offset * array.item_size
+                differs[begin : begin + array.nbytes] = False
+    assert not differs.any()
+
+
+def test_other_records_of_a_deflated_zip_are_copied_as_they_are(net: nn.Module, tmp_path: Path) -> None:
+    """Not packed again: their compressed bytes, dates and attributes are those of the input."""
+    save(net, "module", tmp_path / "plain.pt")
+    sick, fixed = tmp_path / "sick.pt", tmp_path / "fixed.pt"
+    repack(tmp_path / "plain.pt", sick, zipfile.ZIP_DEFLATED)
+    nd.recalibrate(sick, method="debias", output=fixed)
+
+    def packed(path: Path) -> dict[str, tuple[bytes, Any]]:
+        raw, found = path.read_bytes(), {}
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                lengths = struct.unpack_from("<HH", raw, info.header_offset + 26)
+                begin = info.header_offset + 30 + sum(lengths)
+                found[info.filename] = (raw[begin : begin + info.compress_size], (info.date_time, info.external_attr))
+        return found
+
+    old, new = packed(sick), packed(fixed)
+    assert old.keys() == new.keys()
+    assert sum(old[name][0] != new[name][0] for name in old) == 3 * 9
+    assert all(old[name][1] == new[name][1] for name in old)
+
+
+def test_big_endian_files(net: nn.Module, tmp_path: Path) -> None:
+    little, big = tmp_path / "little.pt", tmp_path / "big.pt"
+    torch.save(net.state_dict(), little)
+    state = torch.load(little)
+    with zipfile.ZipFile(little) as old, zipfile.ZipFile(big, "w") as new:
+        for name, key in ((name, name.rpartition("/data/")[2]) for name in old.namelist()):
+            data = b"big" if name.endswith("byteorder") else old.read(name)
+            if key.isdigit():
+                width = list(state.values())[int(key)].element_size()
+                data = np.frombuffer(data, f"<u{width}").astype(f">u{width}").tobytes()
+            new.writestr(name, data)
+    for path in (little, big):
+        nd.recalibrate(path, method="debias", momentum=0.001)
+    fixed, expected = torch.load(tmp_path / "big.recalibrated.pt"), torch.load(tmp_path / "little.recalibrated.pt")
+    assert not torch.equal(fixed["bn1.running_var"], state["bn1.running_var"])
+    assert all(torch.equal(fixed[name], expected[name]) for name in expected)
+
+
+def test_counters_may_be_kept(net: nn.Module, tmp_path: Path) -> None:
+    save(net, "zip", tmp_path / "m.pt")
+    result = nd.recalibrate(tmp_path / "m.pt", method="debias", momentum=0.001, keep_counters=True)
+    fixed = load_state("zip", tmp_path / "m.recalibrated.pt")
+    assert all(fixed[name] == 216 for name in fixed if name.endswith("num_batches_tracked"))
+    assert not result.recognisable
+
+
+def test_several_models_in_one_file(net: nn.Module, tmp_path: Path) -> None:
+    state = net.state_dict()
+    torch.save({"model": state, "ema": {name: tensor.clone() for name, tensor in state.items()}}, tmp_path / "m.pt")
+    nd.recalibrate(tmp_path / "m.pt", method="debias", momentum=0.001, output=tmp_path / "both.pt")
+    nd.recalibrate(tmp_path / "m.pt", method="debias", momentum=0.001, output=tmp_path / "one.pt", layer=["ema:*"])
+    both, one = torch.load(tmp_path / "both.pt"), torch.load(tmp_path / "one.pt")
+    assert torch.equal(both["model"]["bn1.running_var"], both["ema"]["bn1.running_var"])
+    assert torch.equal(one["model"]["bn1.running_var"], state["bn1.running_var"])
+    assert torch.equal(one["ema"]["bn1.running_var"], both["ema"]["bn1.running_var"])
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "module", "safetensors"])
+def test_a_refusal_writes_nothing(net: nn.Module, form: str, tmp_path: Path) -> None:
+    net.bn1.running_var[0] = 0.1
+    save(net, form, tmp_path / "sick")
+    before = (tmp_path / "sick").read_bytes()
+    with pytest.raises(nd.RefusedError, match=r"bn1: running_var of channel 0") as caught:
+        nd.recalibrate(tmp_path / "sick", method="debias", momentum=0.001)
+    assert caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["sick"]
+    assert (tmp_path / "sick").read_bytes() == before
 
 
 def test_shared_and_expanded_buffers_are_refused_by_name(net: nn.Module, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def judge(build: Build) -> Judge:
         checkpoint = Checkpoint(
             path=path,
             format="in memory",
-            container=Container.MEMORY,
+            container=Container.ZIP,
             models=(Model(key=None, layers=tuple(made), averaged=averaged),),
             load_calls=load_calls,
         )

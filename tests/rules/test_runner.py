@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from normdoctor.findings import Evidence, Observation, Severity, rule
+from normdoctor.findings import DEBIAS_COMMAND, Evidence, Observation, Severity, rule
 from normdoctor.layers import Checkpoint, Container, Danger, LoadCall, Model, NormKind
 from normdoctor.rules import RULES
 from normdoctor.rules.runner import Settings, examine, fill_in
@@ -173,7 +173,18 @@ def test_the_fix_names_the_file_as_the_shell_wants_it(judge) -> None:
     (finding,) = judge(WARM, codes={"S104"}, path="runs/my model.pt").findings
     assert "recalibrate 'runs/my model.pt'" in finding.fix
     assert "-o 'runs/my model.recalibrated.pt'" in finding.fix
-    assert fill_in("cp {path} {fixed}", "a.onnx") == "cp a.onnx a.recalibrated.onnx"
+
+
+@pytest.mark.parametrize(("momentum", "option"), [(None, "--momentum VALUE"), (0.001, "--momentum 0.001")])
+def test_the_command_adds_the_momentum_that_the_file_lacks(judge, momentum: float | None, option: str) -> None:
+    silent = {"momentum": None, "num_batches_tracked": 20, "running_var": np.linspace(1.0, 1.5, 16)}
+    (finding,) = judge(silent, codes={"S104"}, path="m.pt", momentum=momentum).findings
+    assert f"--method debias {option} -o" in finding.fix
+
+
+def test_a_live_module_is_repaired_through_the_api() -> None:
+    live = Checkpoint(path="Net", format="live", container=Container.MEMORY, models=())
+    assert fill_in(DEBIAS_COMMAND, live) == 'normdoctor.recalibrate(module, method="debias")'
 
 
 def test_a_rule_without_documentation_or_reference_is_refused() -> None:
