@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -72,7 +75,21 @@ def complain(error: NormDoctorError) -> None:
     from normdoctor.reports.text import printable
 
     line = f"normdoctor: {printable(error.message)}"
-    print(line + (f"\n  hint: {printable(error.hint)}" if error.hint else ""), file=sys.stderr)
+    with suppress(OSError):  # nobody reads stderr; the exit code still tells
+        print(line + (f"\n  hint: {printable(error.hint)}" if error.hint else ""), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def stdout() -> Iterator[TextIO]:
+    """sys.stdout to write to. A reader that stops early (| head) is no failure; a full disk is."""
+    try:
+        yield sys.stdout
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise NormDoctorError(f"the output cannot be written ({error.strerror or error})", "") from None
 
 
 def _show_version(wanted: bool) -> None:
@@ -132,6 +149,12 @@ def inspect(
     selected, ignored = split_codes(select), split_codes(ignore)
     inspection.choose_rules(selected, ignored)  # a misspelt option stops before any file is read
     inspection.checked_limits(limits)
+    if output == Path("-"):
+        output = None
+    if output is not None:
+        from normdoctor.writing import check_text_output
+
+        check_text_output(output, files)
     reports: list[Report] = []
     failed: list[NormDoctorError] = []
     paths: list[str] = []
@@ -155,6 +178,11 @@ def inspect(
         except NormDoctorError as error:
             failed.append(error)
             paths.append(str(path))
+    if layer and reports and not any(report.layers for report in reports) and any(r.layers_in_file for r in reports):
+        raise UsageError(
+            f"no layer matches {', '.join(layer)}",
+            "normdoctor inspect --all lists the layers; quote a glob: 'layer4.*'",
+        )
     if reports or output_format is InspectFormat.JSON:
         entries = [
             {"path": path, "message": failure.message, "hint": failure.hint}
@@ -177,6 +205,8 @@ def parse_thresholds(items: list[str]) -> dict[str, dict[str, float]]:
         key, _, value = item.partition("=")
         code, _, name = key.partition(".")
         try:
+            if not name.strip():
+                raise ValueError
             limits.setdefault(code.strip(), {})[name.strip()] = float(value)
         except ValueError:
             raise UsageError(
@@ -198,7 +228,8 @@ def write_reports(
     if output_format is InspectFormat.CONSOLE and output is None:
         from normdoctor.reports import console
 
-        console.render(reports, sys.stdout, every_layer=every_layer, verbose=verbose)
+        with stdout() as stream:
+            console.render(reports, stream, every_layer=every_layer, verbose=verbose)
         return
     if output_format is InspectFormat.JSON:
         from normdoctor.reports import json
@@ -211,11 +242,11 @@ def write_reports(
         console.render(reports, buffer, every_layer=every_layer, verbose=verbose)
         text = buffer.getvalue()
     if output is None:
-        typer.echo(text, nl=False)
+        with stdout() as stream:
+            stream.write(text)
         return
-    from normdoctor.writing import check_output, replacing
+    from normdoctor.writing import replacing
 
-    check_output(output, None, overwrite=True)
     with replacing(output) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -236,12 +267,13 @@ def rules(
     """List every rule: code, name, severity and what it says."""
     from normdoctor.reports import rule_book
 
-    if output_format is ListFormat.JSON:
-        typer.echo(rule_book.as_json(), nl=False)
-    elif output_format is ListFormat.MARKDOWN:
-        typer.echo(rule_book.as_markdown(), nl=False)
-    else:
-        rule_book.write_table(sys.stdout)
+    with stdout() as stream:
+        if output_format is ListFormat.JSON:
+            stream.write(rule_book.as_json())
+        elif output_format is ListFormat.MARKDOWN:
+            stream.write(rule_book.as_markdown())
+        else:
+            rule_book.write_table(stream)
 
 
 @app.command()
@@ -252,7 +284,9 @@ def explain(
     from normdoctor.inspection import find_rule
     from normdoctor.reports import rule_book
 
-    rule_book.write_explanation(find_rule(code), sys.stdout)
+    rule = find_rule(code)
+    with stdout() as stream:
+        rule_book.write_explanation(rule, stream)
 
 
 @app.command()
@@ -284,4 +318,5 @@ def recalibrate(
         keep_counters=keep_counters,
         overwrite=overwrite,
     )
-    repair_text.write(result, sys.stdout)
+    with stdout() as stream:
+        repair_text.write(result, stream)

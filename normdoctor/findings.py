@@ -205,6 +205,12 @@ class Finding:
     fix: str
     rank: float = 0.0
 
+    def __str__(self) -> str:
+        return f"{self.severity} {self.code} {self.name} {self.layer or 'file'}: {self.message}"
+
+    def __repr__(self) -> str:
+        return f"<Finding {self}>"
+
     @property
     def code(self) -> str:
         return self.rule.code
@@ -233,7 +239,9 @@ class Report:
 
     path: str
     format: str
-    layers: tuple[NormLayer, ...]
+    layers: tuple[NormLayer, ...] = field(repr=False)
+    """Those that were wanted (--layer)."""
+    layers_in_file: int
     findings: tuple[Finding, ...]
     """Worst first."""
     skips: tuple[Skip, ...]
@@ -243,6 +251,11 @@ class Report:
     near_misses: tuple[NearMiss, ...]
     bytes_read: int
     bytes_total: int | None
+
+    def __str__(self) -> str:
+        """A line for the file and one for each finding."""
+        head = f"{self.path} ({self.format}): {len(self.layers)} norm layers, {len(self.findings)} findings"
+        return "\n".join([head, *map(str, self.findings)])
 
     @property
     def worst(self) -> Severity | None:

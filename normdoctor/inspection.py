@@ -18,9 +18,9 @@ from normdoctor.rules.runner import Settings, examine
 def inspect(
     model: Any,
     *,
-    select: Iterable[str] = (),
-    ignore: Iterable[str] = (),
-    layer: Iterable[str] = (),
+    select: str | Iterable[str] = (),
+    ignore: str | Iterable[str] = (),
+    layer: str | Iterable[str] = (),
     eps: float | None = None,
     momentum: float | None = None,
     assume: bool = True,
@@ -38,7 +38,7 @@ def inspect(
     limits: thresholds by rule code and name, {"S104": {"error": 0.2}}.
 
     Raises InputError where the file cannot be read, UsageError for an unknown rule code or threshold."""
-    rules = choose_rules(select, ignore)
+    rules = choose_rules(several(select), several(ignore))
     settings = Settings(
         eps=check_eps(eps),
         momentum=check_momentum(momentum),
@@ -46,9 +46,14 @@ def inspect(
         precision=target,
         limits=checked_limits(limits or {}),
     )
-    globs = tuple(layer)
+    globs = several(layer)
     with open_checkpoint(model) as checkpoint:
         return examine(checkpoint, rules, settings, lambda found: not globs or matches(found, globs))
+
+
+def several(words: str | Iterable[str]) -> tuple[str, ...]:
+    """One string, with commas between several words, or any number of them."""
+    return tuple(words.split(",")) if isinstance(words, str) else tuple(words)
 
 
 def matches(layer: NormLayer, globs: Sequence[str]) -> bool:

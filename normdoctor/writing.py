@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,19 @@ def check_output(output: Path, source: Path | None, overwrite: bool) -> None:
             raise UsageError(f"{output.parent}: no such folder", "Create it first.")
     except OSError as error:  # a folder that may not be searched, a name too long
         raise _unwritable(output, error) from None
+
+
+def check_text_output(output: Path, sources: Iterable[Path]) -> None:
+    """Raise UsageError where a report would replace one of the files it is about, or anything that is no text."""
+    for source in sources:
+        check_output(output, source, overwrite=True)
+    try:
+        with output.open("rb") as file:
+            is_text = not output.is_file() or b"\0" not in file.read(4096)
+    except OSError:
+        return  # nothing there to lose
+    if not is_text:
+        raise UsageError(f"{output}: exists and is not a report", "Choose another -o.")
 
 
 def _unwritable(output: Path, error: OSError) -> InputError:

@@ -155,6 +155,7 @@ def test_layer_selection_keeps_only_those_layers(run: Run) -> None:
         (["inspect", "healthy.pt", "--threshold", "S104"], "CODE.NAME=VALUE"),
         (["inspect", "healthy.pt", "--threshold", "S104.eror=1"], "no threshold 'eror'"),
         (["inspect", "."], "is a folder"),
+        (["inspect", "healthy.pt", "--threshold", "S104=0.9"], "CODE.NAME=VALUE"),
         (["explain", "S999"], "no rule 'S999'"),
         (["recalibrate", "healthy.pt", "--method", "debias", "--momentum", "0.1"], "nothing to debias"),
         (["recalibrate", "slow_momentum.pt", "--method", "debias"], "does not say its momentum"),
@@ -241,3 +242,74 @@ def test_no_norm_layers_is_said_plainly(run: Run, tmp_path: Path) -> None:
     done = run("inspect", "plain.safetensors", cwd=tmp_path)
     assert done.returncode == 0
     assert "No norm layers found." in done.stdout
+
+
+def test_a_report_never_replaces_a_model(run: Run, tmp_path: Path) -> None:
+    import shutil
+
+    for name in ("healthy.pt", "nan_statistics.pt"):
+        shutil.copy(FIXTURES / name, tmp_path)
+    (tmp_path / "link.pt").symlink_to("healthy.pt")
+    before = (tmp_path / "healthy.pt").read_bytes()
+    for output in ("healthy.pt", "link.pt", "nan_statistics.pt"):
+        done = run("inspect", "healthy.pt", "-o", output, cwd=tmp_path)
+        assert done.returncode == 2, output
+        assert done.stderr.startswith("normdoctor: ")
+    assert (tmp_path / "healthy.pt").read_bytes() == before
+    assert run("inspect", "healthy.pt", "-o", "report.txt", cwd=tmp_path).returncode == 0
+    assert run("inspect", "healthy.pt", "-o", "report.txt", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+def test_a_reader_that_stops_early_is_no_failure() -> None:
+    command = f"{sys.executable} -m normdoctor inspect healthy.pt --all -v | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        cwd=FIXTURES,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout.splitlines() == ["healthy.pt", "0"]
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    "arguments", ["inspect healthy.pt", "inspect healthy.pt --format json", "rules", "explain S104"]
+)
+def test_a_full_disk_is_one_line_and_code_two(arguments: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m normdoctor {arguments} > /dev/full"],
+        capture_output=True,
+        text=True,
+        cwd=FIXTURES,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("normdoctor: the output cannot be written")
+
+
+def test_a_layer_glob_that_matches_nothing(run: Run) -> None:
+    done = run("inspect", "healthy.pt", "--layer", "nope*")
+    assert done.returncode == 2
+    assert "no layer matches nope*" in done.stderr
+    done = run("inspect", "healthy.pt", "transformer.pt", "--layer", "layer3.*")
+    assert done.returncode == 0
+    assert "None of the 5 norm layers matches --layer." in done.stdout
+
+
+def test_values_that_are_not_used_are_named(run: Run, tmp_path: Path) -> None:
+    done = run("inspect", "healthy_module.pt", "--momentum", "0.5")
+    assert "--momentum 0.5 is not used: the file says momentum itself" in " ".join(done.stdout.split())
+    done = run(
+        "recalibrate", "slow_momentum_module.pt", "--method", "debias", "--updates", "9", "-o", tmp_path / "f.pt"
+    )
+    assert "updates 9 were not used: the file says 216" in done.stdout
+
+
+def test_folders_are_refused(run: Run) -> None:
+    for command in (["inspect", "."], ["recalibrate", ".", "--method", "debias"]):
+        done = run(*command)
+        assert done.returncode == 2
+        assert "is a folder" in done.stderr

@@ -96,7 +96,12 @@ class LiveModule:
     def _own(self) -> dict[str, Any]:
         module = self.module
         tables = {**module._parameters, **module._buffers}
-        return {name: tensor for name, tensor in tables.items() if tensor is not None}
+        # A lazy module's tensors have neither shape nor values before its first batch.
+        return {
+            name: tensor
+            for name, tensor in tables.items()
+            if tensor is not None and not type(tensor).__name__.startswith("Uninitialized")
+        }
 
     @cached_property
     def tensors(self) -> Mapping[str, ArrayRef]:

@@ -141,11 +141,12 @@ class Group:
         return not self.named_like_norm and any(FALSE_FRIENDS.match(word) for word in self.words)
 
     @property
-    def pattern(self) -> str:
-        """The path with its numbers written #: equal for the same place in repeated blocks. A number in the
-        last word stays, since norm1 and norm2 of a block may be of different kinds."""
+    def patterns(self) -> tuple[str, str]:
+        """The path with the numbers in it written #: equal for the same place in repeated blocks; and the same
+        with the last word as well, where that is a number. norm1 and norm2 stay apart: a block may mix kinds."""
         above, _, last = strip_wrappers(self.parent).rpartition(".")
-        return re.sub(r"\d+", "#", above) + "." + ("#" if last.isdigit() else last)
+        above = re.sub(r"\d+", "#", above)
+        return f"{above}.{last}", f"{above}.{'#' if last.isdigit() else last}"
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,7 @@ def read_names(tensors: Mapping[str, ArrayRef], key: str | None = None, budget: 
     for group, outcome in outcomes:
         if isinstance(outcome, Recognised):
             kind = outcome.kind
-            if kind is NormKind.LAYER_OR_GROUP and group.pattern in batch_places:
+            if kind is NormKind.LAYER_OR_GROUP and batch_places.intersection(group.patterns):
                 kind = NormKind.BATCH
             layers.append(
                 NormLayer(
@@ -310,17 +311,27 @@ def read_names(tensors: Mapping[str, ArrayRef], key: str | None = None, budget: 
 
 
 def _batch_places(outcomes: Sequence[tuple[Group, Recognised | str | None]]) -> set[str]:
-    """Patterns of paths at which a layer with weight and bias alone is a BatchNorm that lost its buffers:
-    no fewer layers of the same pattern have buffers."""
-    seen: Counter[str] = Counter()
+    """Patterns of paths at which a layer with weight and bias alone is a BatchNorm that lost its buffers.
+
+    No fewer layers at the same place of other blocks have buffers (layer#.#.downsample.1), or by far the most
+    layers of one long sequence (features.#): a GroupNorm in a short one must not be taken for it."""
+    having: Counter[str] = Counter()
     without: Counter[str] = Counter()
     for group, outcome in outcomes:
         if isinstance(outcome, Recognised):
             if outcome.kind is NormKind.BATCH and "running_var" in outcome.tensors:
-                seen[group.pattern] += 1
+                having.update(set(group.patterns))
             elif outcome.kind is NormKind.LAYER_OR_GROUP:
-                without[group.pattern] += 1
-    return {pattern for pattern, count in seen.items() if "#" in pattern and count >= without[pattern]}
+                without.update(set(group.patterns))
+    return {
+        pattern
+        for pattern, count in having.items()
+        if "#" in pattern and count >= without[pattern] * (MOST if pattern.endswith("#") else 1)
+    }
+
+
+MOST = 4
+"""This many times as many layers with buffers as without make the others lost BatchNorms."""
 
 
 def why_no_norms(tensors: Mapping[str, ArrayRef]) -> str | None:
@@ -336,7 +347,7 @@ def why_no_norms(tensors: Mapping[str, ArrayRef]) -> str | None:
         return None
     biased, total = sum("bias" in leaves for leaves in convolutions), len(convolutions)
     if 2 * biased >= total:
-        return f"probably folded already: {biased} of {total} convolutions carry a bias, as folding leaves them"
+        return f"probably folded already, or never there: {biased} of {total} convolutions carry a bias"
     return f"{total - biased} of {total} convolutions have no bias, so nothing was folded into them"
 
 

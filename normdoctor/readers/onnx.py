@@ -208,6 +208,7 @@ def _why_no_norms(program: Program) -> str:
             "them either"
         )
     return (
-        f"no norm layers: probably folded already ({with_bias} of {convolutions} convolutions carry a bias, where "
+        f"no norm layers: probably folded already, or never there ({with_bias} of {convolutions} convolutions carry "
+        "a bias, where "
         "folding leaves a norm's shift, and none is followed by a normalisation)"
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from normdoctor.errors import RefusedError, UsageError
+from normdoctor.errors import InputError, RefusedError, UsageError
 from normdoctor.findings import repaired_path
-from normdoctor.inspection import check_momentum, matches
+from normdoctor.inspection import check_momentum, matches, several
 from normdoctor.layers import Checkpoint, Container
 from normdoctor.readers import open_checkpoint
 from normdoctor.recalibration.debias import Repair, Untouched, plan
@@ -27,6 +27,8 @@ class Recalibration:
     method: Literal["debias"]
     repairs: tuple[Repair, ...]
     untouched: tuple[Untouched, ...]
+    notes: tuple[str, ...]
+    """Values the caller gave that the file says itself."""
     recognisable: bool
     """Whether a second debias of the result would be refused: by its counters, or by the mark in an ONNX file."""
     path: Path | None = None
@@ -42,7 +44,7 @@ def recalibrate(
     output: str | Path | None = None,
     momentum: float | None = None,
     updates: int | None = None,
-    layer: Iterable[str] = (),
+    layer: str | Iterable[str] = (),
     keep_counters: bool = False,
     overwrite: bool = False,
 ) -> Recalibration:
@@ -64,11 +66,13 @@ def recalibrate(
     momentum = check_momentum(momentum)
     target = None
     if isinstance(model, (str, Path)):
+        if Path(model).is_dir():
+            raise InputError(f"{model}: is a folder", "Name the checkpoint file inside it.")
         target = repaired_path(Path(model)) if output is None else Path(output)
         check_output(target, Path(model), overwrite)
     elif output is not None:
         raise UsageError("a live module is repaired in place", "Leave out output, and save it with torch.save.")
-    globs = tuple(layer)
+    globs = several(layer)
     with open_checkpoint(model) as checkpoint:
         wanted = [found for found in checkpoint.layers if not globs or matches(found, globs)]
         if globs and not wanted:
@@ -81,10 +85,18 @@ def recalibrate(
         method=method,
         repairs=tuple(repairs),
         untouched=tuple(untouched),
+        notes=tuple(_unused(repairs, momentum, updates)),
         recognisable=checkpoint.container is Container.ONNX or all(repair.counter is not None for repair in repairs),
         path=target,
         module=model if target is None else None,
     )
+
+
+def _unused(repairs: list[Repair], momentum: float | None, updates: int | None) -> Iterator[str]:
+    if momentum is not None and all(repair.momentum != momentum for repair in repairs):
+        yield f"momentum {momentum:g} was not used: the file says {repairs[0].momentum:g}"
+    if updates is not None and all(repair.updates != updates for repair in repairs):
+        yield f"updates {updates:,} were not used: the file says {repairs[0].updates:,}"
 
 
 def _refuse_repetition(checkpoint: Checkpoint) -> None:

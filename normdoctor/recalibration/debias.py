@@ -8,6 +8,7 @@ that start at 0 and 1): mean' = mean / (1 - q), var' = (var - q) / (1 - q).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -66,8 +67,12 @@ def plan(
         else:
             untouched.append(Untouched(layer=layer, reason=outcome))
     if not repairs:
-        reasons = sorted({entry.reason for entry in untouched}) or ["no layer has running statistics"]
-        raise RefusedError(f"nothing to debias: {'; '.join(reasons)}", "normdoctor inspect says what is wrong.")
+        counts = Counter(entry.reason for entry in untouched)
+        reasons = [f"{reason} ({count} of {len(untouched)} layers)" for reason, count in counts.items()]
+        raise RefusedError(
+            f"nothing to debias: {'; '.join(reasons) or 'no layer has running statistics'}",
+            "normdoctor inspect says what is wrong, if anything is.",
+        )
     return repairs, untouched
 
 
@@ -92,7 +97,7 @@ def _debias(
     updates = _updates(layer, given_updates)
     residue = math.exp(updates * math.log1p(-momentum))
     if residue < NEGLIGIBLE:
-        return f"its residue is below {NEGLIGIBLE:g}"
+        return f"the residue is below {NEGLIGIBLE:g}"
     if not (np.isfinite(mean).all() and np.isfinite(var).all()):
         raise RefusedError(
             f"{layer.name}: has NaN or infinite statistics, which no arithmetic brings back",

@@ -258,13 +258,17 @@ class _Writer:
         for tensor in self.all:
             if tensor.is_external:
                 by_file.setdefault(self._extent(tensor)[0], []).append(tensor)
+        if self.output.resolve() in by_file:
+            raise RefusedError(
+                f"{self.output}: holds the weights of the input, which is never overwritten", "Choose another -o."
+            )
         files: dict[Path, Path] = {}
         taken = {self.output.resolve(), *by_file}
         for real, tensors in by_file.items():
             if not real.is_file() or (here and real not in self.patches):
                 continue  # missing, as before; or unchanged and reached from the output as well
             target = self.output.parent / tensors[0].external["location"]
-            if here or target.resolve() in taken or (target.exists() and not self.output.exists()):
+            if here or target.resolve() in taken or target.exists():
                 target = self._free_name(taken)
                 for tensor in tensors:
                     assert tensor.location is not None

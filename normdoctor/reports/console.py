@@ -42,11 +42,16 @@ SHORT_KINDS = {
 
 def render(reports: Sequence[Report], stream: TextIO, *, every_layer: bool = False, verbose: bool = False) -> None:
     """Write the reports to `stream`, coloured only where it is a terminal (NO_COLOR and COLUMNS are honoured)."""
-    console = Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console = _Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=True)
     for place, report in enumerate(reports):
         if place:
             console.print()
         _Page(console, report, every_layer, verbose).write()
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would exit with 1, which here means findings
 
 
 class _Page:
@@ -119,10 +124,17 @@ class _Page:
 
     def _fix(self, fix: str) -> None:
         """A command stays on one line however long, so that it can be copied."""
+        prose, colon, command = fix.partition("then: normdoctor ")
         if fix.startswith("normdoctor "):
-            self._line(Text(" " * INDENT + "fix: ").append(printable(fix), style="green"))
+            prose, command = "", fix
+        elif colon:
+            self._paragraph(f"fix: {prose}then:", INDENT)
+            command = f"normdoctor {command}"
         else:
             self._paragraph(f"fix: {fix}", INDENT)
+            return
+        lead = "     " if prose else "fix: "
+        self._line(Text(" " * INDENT + lead).append(printable(command), style="green"))
 
     def _table(self) -> None:
         report = self.report
@@ -198,6 +210,9 @@ class _Page:
 
     def _last_line(self) -> None:
         report = self.report
+        if not report.layers and report.layers_in_file:
+            self._paragraph(f"None of the {plural(report.layers_in_file, 'norm layer')} matches --layer.", 0)
+            return
         if not report.layers:
             line = "No norm layers found."
             if report.near_misses and not self.verbose:
@@ -266,6 +281,8 @@ def skips_in_words(skips: Sequence[Skip]) -> str:
 def short_kind(layer: NormLayer) -> str:
     """BN2d, LN, IN1d: the dimension only where the class names it."""
     name = (layer.origin or "").rpartition(".")[2]
+    if layer.kind is NormKind.BATCH and name.startswith(("Sync", "Frozen")):
+        return name.removesuffix("2d").replace("BatchNorm", "BN").replace("BNAct", "BN")
     kind = SHORT_KINDS[layer.kind]
     return kind + name[-2:] if name[-2:] in ("1d", "2d", "3d") else kind
 

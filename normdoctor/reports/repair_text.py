@@ -36,6 +36,8 @@ def write(result: Recalibration, stream: TextIO) -> None:
     console.print()
     for reason, count in Counter(entry.reason for entry in result.untouched).items():
         console.print(f"left alone: {count} layer{'s' if count != 1 else ''}: {printable(reason)}")
+    for note in result.notes:
+        console.print(f"note: {printable(note)}", soft_wrap=True)
     if not result.recognisable:
         console.print("note: no counter was raised; do not debias the result again", soft_wrap=True)
     if result.path is not None:

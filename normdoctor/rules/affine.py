@@ -16,6 +16,7 @@ from normdoctor.rules.guards import (
     for_size,
     frozen,
     in_use,
+    nonfinite,
     typical_gain,
     usable_eps,
 )
@@ -41,24 +42,7 @@ def nonfinite_affine(layer: NormLayer, context: Context) -> Iterator[Observation
 
     Example: weight has 256 NaN of 256, saved one step after the loss became NaN.
     """
-    gain, shift = layer.numbers.gain, layer.numbers.shift
-    bad = ~(np.isfinite(gain) & np.isfinite(shift))
-    if not bad.any():
-        return
-    counts = {
-        "weight_nan": int(np.isnan(gain).sum()),
-        "weight_inf": int(np.isinf(gain).sum()),
-        "bias_nan": int(np.isnan(shift).sum()),
-        "bias_inf": int(np.isinf(shift).sum()),
-    }
-    words = [f"{count} {key[-3:].replace('nan', 'NaN')} in {key[:-4]}" for key, count in counts.items() if count]
-    channels = where(bad)
-    yield Observation(
-        message=f"{' and '.join(words)}: {some_of(channels, len(bad))}.",
-        channels=channels,
-        evidence=counts,
-        rank=len(channels) / len(bad),
-    )
+    yield from nonfinite(weight=layer.numbers.gain, bias=layer.numbers.shift)
 
 
 @rule(

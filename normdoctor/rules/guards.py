@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
-from normdoctor.findings import Severity
+from normdoctor.findings import Observation, Severity
 from normdoctor.layers import Mask, NormLayer, Vector, median
+from normdoctor.rules.wording import some_of, where
 
 FEW = 8
 """Below this many channels a layer says nothing about a distribution."""
@@ -92,3 +94,22 @@ def distance(layer: NormLayer) -> Vector:
     result = np.zeros(len(var))
     result[good] = np.abs(mean[good]) / np.sqrt(var[good] + eps)
     return result
+
+
+def nonfinite(**vectors: Vector) -> Iterator[Observation]:
+    """One observation where the named vectors of a layer hold NaN or infinity: how many, and in which channels."""
+    bad = ~np.logical_and.reduce([np.isfinite(values) for values in vectors.values()])
+    if not bad.any():
+        return
+    counts = {}
+    for name, values in vectors.items():
+        counts[f"{name}_nan"] = int(np.isnan(values).sum())
+        counts[f"{name}_inf"] = int(np.isinf(values).sum())
+    words = [f"{count} {key[-3:].replace('nan', 'NaN')} in {key[:-4]}" for key, count in counts.items() if count]
+    channels = where(bad)
+    yield Observation(
+        message=f"{' and '.join(words)}: {some_of(channels, len(bad))}.",
+        channels=channels,
+        evidence=counts,
+        rank=len(channels) / len(bad),
+    )

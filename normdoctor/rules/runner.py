@@ -71,6 +71,7 @@ def examine(
 
     Rules that compare layers still see the unwanted siblings; only what they say about them is dropped."""
     settings = settings or Settings()
+    unused = unused_values(checkpoint, settings)
     models = [_with_given(model, settings) for model in checkpoint.models]
     shown = {layer.name for model in models for layer in model.layers if wanted(layer)}
     findings: list[Finding] = []
@@ -95,10 +96,11 @@ def examine(
         path=checkpoint.path,
         format=checkpoint.format,
         layers=layers,
+        layers_in_file=len(checkpoint.layers),
         findings=tuple(findings),
         skips=tuple(skips),
         assumed={name: stood_in[name] for name in sorted(stood_in)},
-        notes=checkpoint.notes,
+        notes=(*checkpoint.notes, *unused),
         near_misses=tuple(miss for model in models for miss in model.near_misses),
         bytes_read=checkpoint.count_bytes_read(),
         bytes_total=checkpoint.bytes_total,
@@ -255,6 +257,17 @@ def _with_given(model: Model, settings: Settings) -> Model:
     return replace(model, layers=layers)
 
 
+def unused_values(checkpoint: Checkpoint, settings: Settings) -> list[str]:
+    """A sentence for each value the user gave that no layer takes, since the file says another itself."""
+    notes = []
+    for name in sorted(ASSUMABLE_FIELDS):
+        given = getattr(settings, name)
+        said = {getattr(layer, name) for layer in checkpoint.layers if name == "eps" or layer.kind in TRACKING_KINDS}
+        if given is not None and said and None not in said and said != {given}:
+            notes.append(f"--{name} {given:g} is not used: the file says {name} itself")
+    return notes
+
+
 def _filled(layer: NormLayer, values: Mapping[str, float]) -> NormLayer:
     if not values:
         return layer
@@ -269,7 +282,8 @@ def fill_in(fix: str, checkpoint: Checkpoint, momentum: str = "") -> str:
     if checkpoint.container is Container.MEMORY:
         fix = fix.replace(DEBIAS_COMMAND, 'normdoctor.recalibrate(module, method="debias")')
     path = Path(checkpoint.path)
-    words = {"{path}": str(path), "{fixed}": str(repaired_path(path))}
+    words = {"{path}": str(path), "{fixed}": str(repaired_path(path)) if path.name else "fixed"}
     for placeholder, word in words.items():
+        word = f"./{word}" if word.startswith("-") else word  # or the shell's next program takes it for an option
         fix = fix.replace(placeholder, shlex.quote(word))
     return fix.replace("{momentum}", momentum)

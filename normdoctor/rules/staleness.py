@@ -69,8 +69,8 @@ def never_updated_stats(layer: NormLayer, context: Context) -> Iterator[Observat
     confidence=Confidence.HIGH,
     kinds=TRACKING_KINDS,
     needs=("running_mean", "running_var", "num_batches_tracked", "momentum"),
-    why="Eval divides by the wrong spread; training never notices.",
-    fix=DEBIAS_COMMAND + "      (no data needed)",
+    why="Eval divides by the wrong spread while training never notices; the repair needs no data.",
+    fix=DEBIAS_COMMAND,
     reference=BATCHNORM_PAPER,
     limits={"error": 0.10, "warning": 0.01, "info": 0.001},
 )
@@ -113,6 +113,8 @@ def warmup_residue(layer: NormLayer, context: Context) -> Iterator[Observation]:
         severity=severity,
         confidence=confidence,
         rank=left,
+        # A layer used in several places saw several distributions; debias refuses to write it.
+        fix=REESTIMATE if layer.aliases else None,
     )
 
 
@@ -301,6 +303,8 @@ def buffers_missing(layers: tuple[NormLayer, ...], context: Context) -> Iterator
         words = both([field for part in lost for field in PARTS[part]])
         if have:
             where_else = f", but in {have} of {others} other BatchNorms"
+            if layer.affine is None and "statistics" not in lost:
+                where_else += "; dropped, or built with affine=False"
         else:
             nowhere = ", nor in any other BatchNorm" if others else ""
             where_else = f"{nowhere}: dropped, or track_running_stats=False, or another norm named so"
@@ -366,6 +370,10 @@ def mean_without_variance(layer: NormLayer, context: Context) -> Iterator[Observ
     )
 
 
+ENOUGH_UPDATES = 44
+"""After as many updates torch's default momentum of 0.1 leaves 1 %, where S104 becomes a warning."""
+
+
 @rule(
     "S118",
     "residue-suspected",
@@ -395,8 +403,9 @@ def residue_suspected(layers: tuple[NormLayer, ...], context: Context) -> Iterat
         for layer in layers
         if (layer.momentum is None or layer.numbers.updates is None) and not layer.numbers.default_statistics
     ]
-    if not unknown:
-        return
+    few = [layer for layer in unknown if layer.numbers.updates is not None and layer.numbers.updates < ENOUGH_UPDATES]
+    if not unknown or few:
+        return  # after so few updates S104 speaks for torch's default momentum already
     both_vectors = [layer.numbers.var for layer in unknown if layer.numbers.var is not None]
     var = np.concatenate(both_vectors)
     var = var[np.isfinite(var)]

@@ -16,7 +16,7 @@ from normdoctor.rules.decay import (
     on_the_floor,
     plain_momentum,
 )
-from normdoctor.rules.guards import carries_signal, distance, for_size, usable_eps
+from normdoctor.rules.guards import carries_signal, distance, for_size, nonfinite, usable_eps
 from normdoctor.rules.wording import REESTIMATE, number, plural, some_of, where
 
 
@@ -73,23 +73,7 @@ def nonfinite_stats(layer: NormLayer, context: Context) -> Iterator[Observation]
     """
     mean, var = layer.numbers.mean, layer.numbers.var
     assert mean is not None and var is not None
-    bad = ~(np.isfinite(mean) & np.isfinite(var))
-    if not bad.any():
-        return
-    counts = {
-        "running_mean_nan": int(np.isnan(mean).sum()),
-        "running_mean_inf": int(np.isinf(mean).sum()),
-        "running_var_nan": int(np.isnan(var).sum()),
-        "running_var_inf": int(np.isinf(var).sum()),
-    }
-    words = [f"{count} {key[-3:].replace('nan', 'NaN')} in {key[:-4]}" for key, count in counts.items() if count]
-    channels = where(bad)
-    yield Observation(
-        message=f"{' and '.join(words)}: {some_of(channels, len(bad))}.",
-        channels=channels,
-        evidence=counts,
-        rank=len(channels) / len(bad),
-    )
+    yield from nonfinite(running_mean=mean, running_var=var)
 
 
 @rule(
