@@ -102,7 +102,9 @@ STANDARD_LIBRARY = sys.stdlib_module_names - {"__main__"} | {"__builtin__"}
 
 CLASS_NAME = re.compile(r"^(_?[A-Z]\w*\.)*_?[A-Z]\w*$")
 
-RUNS_WHEN_CREATED = frozenset({"Popen", "Process", "Thread", "Timer", "CDLL", "PyDLL"})
+RUNS_WHEN_CREATED = frozenset(
+    {"Popen", "Process", "Thread", "Timer", "CDLL", "PyDLL", "CUDAPluggableAllocator", "PackageImporter"}
+)
 """Class names that do something as soon as they are called; many packages import them under their own name."""
 
 

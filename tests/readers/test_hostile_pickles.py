@@ -253,6 +253,18 @@ def test_configurations_of_a_library_that_is_not_installed(wrap: Wrap, read: Any
     assert {call.danger for call in found} == {Danger.DATA_CLASS}
 
 
+@pytest.mark.parametrize(
+    "gadget",
+    [
+        "numpy.ctypeslib.CDLL", "torch.cuda.memory.CUDAPluggableAllocator", "torch.package.PackageImporter",
+        "torch.multiprocessing.Process", "torch.load", "torch.jit.load", "numpy.load", "pandas.read_pickle",
+        "torch._inductor.codecache.compile_file", "my.own.function", "__main__.setup", "types.new_class",
+    ],
+)  # fmt: skip
+def test_classes_and_functions_that_act_are_no_data(gadget: str, wrap: Wrap, read: Any) -> None:
+    assert [found.danger for found in read(wrap(done(call(gadget)))).load_calls] == [Danger.OTHER]
+
+
 def test_the_worst_comes_first(wrap: Wrap, read: Any) -> None:
     body = table(a=module(), b=call("argparse.Namespace"), c=call("os.system"), d=call("numpy.random.RandomState"))
     order = [(call.name, call.danger.name) for call in read(wrap(done(body))).load_calls]
@@ -266,7 +278,7 @@ def test_the_worst_comes_first(wrap: Wrap, read: Any) -> None:
 
 # Attacks on time and memory ------------------------------------------------------------------------------
 
-SOME = 60_000  # squared it would take minutes
+SOME = 30_000  # squared it would take minutes
 NAMES = b"".join(text(f"n{place}") + get(0) for place in range(SOME))
 
 

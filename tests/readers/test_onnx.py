@@ -895,7 +895,7 @@ def test_why_there_are_no_norms(open_model: Callable[..., Checkpoint]) -> None:
     with_bias = h.make_node("Conv", ["x", "conv.weight", "conv.bias"], ["y"])
     bias = tensor("conv.bias", vector(0))
     (note,) = open_model(model([with_bias], [weight, bias])).notes
-    assert "probably folded already (1 of 1 convolutions carry a bias" in note
+    assert "probably folded already, or never there (1 of 1 convolutions carry a bias" in note
     (note,) = open_model(model([first], [weight])).notes
     assert "none of the 1 convolutions carries a bias" in note
     (note,) = open_model(model([h.make_node("MatMul", ["x", "w"], ["y"])], [tensor("w", np.eye(6))])).notes
