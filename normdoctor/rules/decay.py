@@ -109,7 +109,7 @@ def left_of_one(layer: NormLayer, var: Vector, *, near: float, near_when_tiny: f
     beside what the typical channel added. And the match is close: relative `near` among live variances,
     `near_when_tiny` only where the residue is far below them and rounding had many steps to add up."""
     updates = layer.numbers.updates
-    if not updates or layer.running_var is None or layer.running_var.dtype not in SMALLEST_STEP:
+    if updates is None or updates < 1 or layer.running_var is None or layer.running_var.dtype not in SMALLEST_STEP:
         return _none(var)
     least = float(var.min())  # NaN or negative: no decay, and the comparison is false
     if not SMALLEST_NORMAL < least < 0.99:

@@ -239,7 +239,7 @@ def momentum_contradiction(layer: NormLayer, context: Context) -> Iterator[Obser
     """
     momentum, updates, var = plain_momentum(layer), layer.numbers.updates, layer.numbers.var
     assert var is not None
-    if momentum is None or not updates or updates < 1:
+    if momentum is None or updates is None or updates < 1:
         return
     left = residue(momentum, updates)
     if left < SMALLEST_NORMAL or layer.numbers.default_statistics or not started_elsewhere(layer, left):

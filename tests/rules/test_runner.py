@@ -298,3 +298,9 @@ def test_no_record_makes_a_rule_fail_or_say_what_json_cannot(several, precision,
             assert finding.severity <= Severity.WARNING
     named = [(finding.code, finding.layer) for finding in report.findings if finding.layer is not None]
     assert len(named) == len(set(named)), "one finding per rule and layer"
+
+
+@pytest.mark.parametrize("updates", [-(10**9), -1, 0, 10**18, -1.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("momentum", [None, 0.1, 0.0, 1.0, -1.0, 2.0, "cumulative"])
+def test_counters_that_count_nothing_make_no_rule_stumble(judge, updates: float, momentum: Any) -> None:
+    judge({"num_batches_tracked": updates, "momentum": momentum})
