@@ -9,18 +9,8 @@ from typing import Any, Literal, Protocol, cast
 
 from normdoctor.layers import ArrayRef, Model, NearMiss, NormKind, NormLayer, Reference
 from normdoctor.readers.arrays import FLOAT_TYPES, MAX_ELEMENTS
-from normdoctor.readers.naming import (
-    Budget,
-    Recognised,
-    _size,
-    averaged,
-    finish,
-    group_of,
-    is_counter,
-    recognise,
-    strip_wrappers,
-    with_aliases,
-)
+from normdoctor.readers.finishing import Budget, finish, with_aliases
+from normdoctor.readers.naming import Recognised, averaged, group_of, is_counter, recognise, size_of, strip_wrappers
 from normdoctor.readers.norm_classes import (
     EPS_NAMES,
     FROZEN_CLASS,
@@ -136,7 +126,7 @@ def _look_at(name: str, module: ModuleRecord, walk: _Walk) -> None:
         fields = {role: ref for role, ref in group.roles.items() if _usable(role, ref)}
         if "alpha" in fields and kind is not NormKind.DYNAMIC_TANH:
             del fields["alpha"]
-        sizes = [_size(fields[role]) for role in ("running_var", "weight", "running_mean") if role in fields]
+        sizes = [size_of(fields[role]) for role in ("running_var", "weight", "running_mean") if role in fields]
         channels = sizes[0] if sizes else width or 0
         if not channels:
             return  # a module that only holds a norm, or Conv2dNormActivation: the norm itself comes below
@@ -147,7 +137,7 @@ def _look_at(name: str, module: ModuleRecord, walk: _Walk) -> None:
 def _usable(role: str, ref: ArrayRef) -> bool:
     if role in ("num_batches_tracked", "alpha"):
         return is_counter(ref)
-    if ref.dtype not in FLOAT_TYPES or _size(ref) > MAX_ELEMENTS:
+    if ref.dtype not in FLOAT_TYPES or size_of(ref) > MAX_ELEMENTS:
         return False
     return len(ref.shape) >= 1 or role in ("weight", "bias")
 

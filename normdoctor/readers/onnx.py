@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from normdoctor.errors import InputError
 from normdoctor.layers import Checkpoint, Container, Model, Reference
 from normdoctor.readers.arrays import Source
-from normdoctor.readers.naming import settle_gains, shorten_paths
+from normdoctor.readers.finishing import settle_gains, shorten_paths
 from normdoctor.readers.onnx_arrays import Tensors
 from normdoctor.readers.onnx_graph import Program
 from normdoctor.readers.onnx_layers import Named, read_layers

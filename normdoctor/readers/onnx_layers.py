@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from normdoctor.layers import ArrayRef, NearMiss, NormKind, NormLayer
-from normdoctor.readers.naming import Budget, strip_wrappers
+from normdoctor.readers.finishing import Budget
+from normdoctor.readers.naming import strip_wrappers
 from normdoctor.readers.onnx_affine import find_affine
 from normdoctor.readers.onnx_arrays import filled, size
 from normdoctor.readers.onnx_graph import ARITHMETIC, MAX_CHAIN, PASSING, RESHAPING, Place, Program, Step

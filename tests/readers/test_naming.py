@@ -11,7 +11,8 @@ import pytest
 
 from normdoctor.errors import InputError
 from normdoctor.layers import NormKind, NormLayer
-from normdoctor.readers.naming import Budget, read_names, strip_wrappers
+from normdoctor.readers.finishing import Budget
+from normdoctor.readers.naming import read_names, strip_wrappers
 
 C = 16
 
