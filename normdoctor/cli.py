@@ -19,7 +19,7 @@ from normdoctor import __version__
 from normdoctor.errors import NormDoctorError, UsageError
 
 if TYPE_CHECKING:
-    from normdoctor.findings import Report
+    from normdoctor.findings import Failure, Report, Survey
 
 # What each command needs is imported inside it: --help and errors must not pay for numpy or rich tables.
 
@@ -70,7 +70,7 @@ def main() -> None:
         sys.exit(2)
 
 
-def complain(error: NormDoctorError) -> None:
+def complain(error: NormDoctorError | Failure) -> None:
     """The error and its hint, on stderr."""
     from normdoctor.reports.text import printable
 
@@ -144,6 +144,7 @@ def inspect(
 ) -> None:
     """Judge every norm layer of model files. Nothing in a file is executed; torch is not imported."""
     from normdoctor import inspection
+    from normdoctor.findings import Failure, Survey
 
     limits = parse_thresholds(threshold or [])
     selected, ignored = split_codes(select), split_codes(ignore)
@@ -156,8 +157,7 @@ def inspect(
 
         check_text_output(output, files)
     reports: list[Report] = []
-    failed: list[NormDoctorError] = []
-    paths: list[str] = []
+    failures: list[Failure] = []
     for path in files:
         try:
             reports.append(
@@ -176,22 +176,18 @@ def inspect(
         except UsageError:
             raise
         except NormDoctorError as error:
-            failed.append(error)
-            paths.append(str(path))
+            failures.append(Failure(path=str(path), message=error.message, hint=error.hint))
     if layer and reports and not any(report.layers for report in reports) and any(r.layers_in_file for r in reports):
         raise UsageError(
             f"no layer matches {', '.join(layer)}",
             "normdoctor inspect --all lists the layers; quote a glob: 'layer4.*'",
         )
+    survey = Survey(reports=tuple(reports), failures=tuple(failures))
     if reports or output_format is InspectFormat.JSON:
-        entries = [
-            {"path": path, "message": failure.message, "hint": failure.hint}
-            for path, failure in zip(paths, failed, strict=True)
-        ]
-        write_reports(reports, entries, output_format, output, every_layer, verbose)
-    for failure in failed:
+        write_survey(survey, output_format, output, every_layer, verbose)
+    for failure in failures:
         complain(failure)
-    raise typer.Exit(2 if failed else exit_code(reports, fail_on))
+    raise typer.Exit(2 if failures else exit_code(survey, fail_on))
 
 
 def split_codes(codes: str) -> list[str]:
@@ -215,13 +211,8 @@ def parse_thresholds(items: list[str]) -> dict[str, dict[str, float]]:
     return limits
 
 
-def write_reports(
-    reports: list[Report],
-    failed: list[dict[str, str]],
-    output_format: InspectFormat,
-    output: Path | None,
-    every_layer: bool,
-    verbose: bool,
+def write_survey(
+    survey: Survey, output_format: InspectFormat, output: Path | None, every_layer: bool, verbose: bool
 ) -> None:
     import io
 
@@ -229,17 +220,17 @@ def write_reports(
         from normdoctor.reports import console
 
         with stdout() as stream:
-            console.render(reports, stream, every_layer=every_layer, verbose=verbose)
+            console.render(survey, stream, every_layer=every_layer, verbose=verbose)
         return
     if output_format is InspectFormat.JSON:
         from normdoctor.reports import json
 
-        text = json.render(reports, failed)
+        text = json.render(survey)
     else:
         from normdoctor.reports import console
 
         buffer = io.StringIO()
-        console.render(reports, buffer, every_layer=every_layer, verbose=verbose)
+        console.render(survey, buffer, every_layer=every_layer, verbose=verbose)
         text = buffer.getvalue()
     if output is None:
         with stdout() as stream:
@@ -251,13 +242,12 @@ def write_reports(
         temporary.write_text(text, encoding="utf-8")
 
 
-def exit_code(reports: list[Report], fail_on: FailOn) -> int:
+def exit_code(survey: Survey, fail_on: FailOn) -> int:
     from normdoctor.findings import Severity
 
-    if fail_on is FailOn.NEVER:
+    if fail_on is FailOn.NEVER or survey.worst is None:
         return 0
-    limit = Severity[fail_on.name]
-    return int(any(report.worst is not None and report.worst >= limit for report in reports))
+    return int(survey.worst >= Severity[fail_on.name])
 
 
 @app.command()

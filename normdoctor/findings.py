@@ -204,6 +204,8 @@ class Finding:
     """eps or momentum where the file does not say and torch's default stood in."""
     fix: str
     rank: float = 0.0
+    known: bool = False
+    """Listed in the baseline: accepted before, so it counts for no exit code."""
 
     def __str__(self) -> str:
         return f"{self.severity} {self.code} {self.name} {self.layer or 'file'}: {self.message}"
@@ -218,6 +220,11 @@ class Finding:
     @property
     def name(self) -> str:
         return self.rule.name
+
+    @property
+    def fingerprint(self) -> str:
+        """What makes it the same finding in the next checkpoint of the same network: code and layer."""
+        return f"{self.code} {self.layer}" if self.layer else self.code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,4 +266,33 @@ class Report:
 
     @property
     def worst(self) -> Severity | None:
-        return max((finding.severity for finding in self.findings), default=None)
+        """The highest severity among the findings that no baseline knows."""
+        return max((finding.severity for finding in self.findings if not finding.known), default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A file that could not be examined."""
+
+    path: str
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """The outcome for any number of files: what one run of `inspect` prints."""
+
+    reports: tuple[Report, ...]
+    failures: tuple[Failure, ...] = ()
+    fixed: tuple[str, ...] = ()
+    """Fingerprints in the baseline that no finding has any more."""
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """All findings of all files, file by file."""
+        return tuple(finding for report in self.reports for finding in report.findings)
+
+    @property
+    def worst(self) -> Severity | None:
+        return max((worst for report in self.reports if (worst := report.worst) is not None), default=None)

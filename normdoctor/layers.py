@@ -290,6 +290,7 @@ class Container(Enum):
     LEGACY = "legacy"
     SAFETENSORS = "safetensors"
     ONNX = "onnx"
+    FOLDER = "folder"
     MEMORY = "memory"
 
 
@@ -314,6 +315,8 @@ class Checkpoint:
     list_references: Callable[[], tuple[Reference, ...]] = field(default=lambda: (), repr=False)
     """Every tensor under every name it has, norm or not: tells whose memory a change would touch."""
     load_calls: tuple[LoadCall, ...] = ()
+    loader: str = "torch.load(weights_only=False)"
+    """The call of torch's that would make them."""
     bytes_total: int | None = None
     count_bytes_read: Callable[[], int] = field(default=lambda: 0, repr=False)
     on_close: Callable[[], None] = field(default=lambda: None, repr=False)

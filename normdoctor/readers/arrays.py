@@ -95,6 +95,10 @@ class Source:
             raise unreadable(self.path, error) from None
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def part(self, offset: int, size: int, name: str) -> Source:
+        """`size` bytes from `offset` as a file of its own: an archive that lies in another one."""
+        return Part(self, offset, size, name)
+
     def stream(self, offset: int = 0, size: int | None = None) -> io.BufferedReader:
         """A buffered, seekable view of `size` bytes from `offset` (to the end of the file when None)."""
         return io.BufferedReader(_Window(self, offset, self.size - offset if size is None else size))
@@ -109,6 +113,32 @@ class Source:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Part(Source):
+    """A run of bytes of another source, read like a file. Closing it leaves the other open."""
+
+    def __init__(self, whole: Source, offset: int, size: int, name: str) -> None:
+        if min(offset, size) < 0 or offset + size > whole.size:
+            raise InputError(
+                f"{whole.path}: {name} lies beyond the end of the file",
+                "The file is truncated or damaged; copy or download it again.",
+            )
+        self._whole, self._offset = whole, offset
+        self.size = size
+        self.path = whole.path / name
+        self.bytes_read = 0
+
+    def read_at(self, offset: int, count: int) -> bytes:
+        if offset < 0 or count < 0 or offset + count > self.size:
+            raise InputError(
+                f"{self.path}: bytes {offset:,} to {offset + count:,} lie beyond the end ({self.size:,} bytes)",
+                "The file is truncated or damaged; copy or download it again.",
+            )
+        return self._whole.read_at(self._offset + offset, count)
+
+    def close(self) -> None:
+        pass
 
 
 def unreadable(path: Path, error: OSError | ValueError) -> InputError:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from normdoctor.findings import Finding, Report, Severity, Skip
+from normdoctor.findings import Finding, Report, Severity, Skip, Survey
 from normdoctor.layers import NormKind, NormLayer, Vector
 from normdoctor.reports.text import printable
 
@@ -40,13 +40,43 @@ SHORT_KINDS = {
 }
 
 
-def render(reports: Sequence[Report], stream: TextIO, *, every_layer: bool = False, verbose: bool = False) -> None:
+def render(survey: Survey, stream: TextIO, *, every_layer: bool = False, verbose: bool = False) -> None:
     """Write the reports to `stream`, coloured only where it is a terminal (NO_COLOR and COLUMNS are honoured)."""
-    console = _Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=True)
-    for place, report in enumerate(reports):
+    console = console_for(stream)
+    for place, report in enumerate(survey.reports):
         if place:
             console.print()
         _Page(console, report, every_layer, verbose).write()
+    if survey.fixed:
+        console.print(f"No longer found, though in the baseline: {', '.join(map(printable, survey.fixed))}")
+
+
+def render_statistics(survey: Survey, stream: TextIO) -> None:
+    """How often each rule fired, over all files, in place of the reports."""
+    console = console_for(stream)
+    counts: dict[str, Counter[Severity]] = {}
+    for finding in survey.findings:
+        if not finding.known:
+            counts.setdefault(finding.code, Counter())[finding.severity] += 1
+    names = {finding.code: finding.name for finding in survey.findings}
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in ("code", "name", "errors", "warnings", "infos", "files"):
+        table.add_column(title, justify="left" if title in ("code", "name") else "right", no_wrap=True)
+    for code in sorted(counts, key=lambda code: (-max(counts[code]), -counts[code].total(), code)):
+        files = sum(any(f.code == code and not f.known for f in report.findings) for report in survey.reports)
+        levels = (str(counts[code][level] or "") for level in sorted(Severity, reverse=True))
+        table.add_row(code, names[code], *levels, str(files))
+    if counts:
+        console.print(table, soft_wrap=False)
+    layers = sum(len(report.layers) for report in survey.reports)
+    known = sum(finding.known for finding in survey.findings)
+    line = f"{plural(len(survey.reports), 'file')}, {plural(layers, 'layer')}"
+    line += "" if counts else ": nothing found"
+    console.print(line + (f"; {plural(known, 'known finding')} not counted" if known else ""))
+
+
+def console_for(stream: TextIO) -> Console:
+    return _Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 class _Console(Console):
@@ -60,6 +90,7 @@ class _Page:
     def __init__(self, console: Console, report: Report, every_layer: bool, verbose: bool) -> None:
         self.console = console
         self.report = report
+        self.new = [finding for finding in report.findings if not finding.known]
         self.every_layer = every_layer
         self.verbose = verbose
         encoding = getattr(console.file, "encoding", None) or "utf-8"
@@ -71,7 +102,7 @@ class _Page:
 
     def write(self) -> None:
         self._header()
-        for group in grouped(self.report.findings):
+        for group in grouped(self.new):
             self._finding(group)
         if self.report.layers:
             self._table()
@@ -120,6 +151,7 @@ class _Page:
         if worst.severity > Severity.INFO:
             self._paragraph(worst.rule.why, INDENT)
             self._fix(worst.fix)
+        self._line(f"{' ' * INDENT}source: {worst.rule.reference}")
         self._line()
 
     def _fix(self, fix: str) -> None:
@@ -167,12 +199,12 @@ class _Page:
 
     def _codes(self, layer: NormLayer) -> str:
         """The worst two codes and how many more there are."""
-        codes = list(dict.fromkeys(f.code for f in self.report.findings if f.layer == layer.name))
+        codes = list(dict.fromkeys(f.code for f in self.new if f.layer == layer.name))
         more = f" +{len(codes) - CODES_SHOWN}" if len(codes) > CODES_SHOWN else ""
         return " ".join(codes[:CODES_SHOWN]) + more
 
     def _worst(self, layer: NormLayer) -> int:
-        return max((f.severity for f in self.report.findings if f.layer == layer.name), default=0)
+        return max((f.severity for f in self.new if f.layer == layer.name), default=0)
 
     def _spread(self, values: Vector | None) -> str:
         """Smallest and largest value with the histogram between them: 0.02 ▁▂▇▅▁ 1.4"""
@@ -219,11 +251,14 @@ class _Page:
                 line += f" {plural(len(report.near_misses), 'tensor')} looked like one: --verbose lists them."
             self._paragraph(line, 0)
             return
-        counts = Counter(group[0].severity for group in grouped(report.findings))
+        counts = Counter(group[0].severity for group in grouped(self.new))
         words = ", ".join(
             plural(counts[level], str(level)) for level in sorted(Severity, reverse=True) if counts[level]
         )
         line = f"{plural(len(report.layers), 'layer')}: {words or 'nothing found'}"
+        known = len(report.findings) - len(self.new)
+        if known:
+            line += f"; {plural(known, 'known finding')} in the baseline"
         if report.skips:
             line += f"; {skips_in_words(report.skips)}"
         if report.assumed:

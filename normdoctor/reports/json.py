@@ -6,24 +6,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from normdoctor.findings import Finding, Report, Severity, Skip
+from normdoctor.findings import Finding, Report, Severity, Skip, Survey
 from normdoctor.layers import NormLayer, median
 
 SCHEMA_VERSION = 1
 
 
-def render(reports: Sequence[Report], failed: Sequence[Mapping[str, str]] = ()) -> str:
-    """All reports as one JSON document. failed: path, message and hint of each file that was not examined."""
+def render(survey: Survey) -> str:
+    """The whole survey as one JSON document."""
     document = {
         "schema_version": SCHEMA_VERSION,
-        "files": [_file(report) for report in reports],
-        "failed": [dict(entry) for entry in failed],
-        "summary": _summary(reports, failed),
+        "files": [_file(report) for report in survey.reports],
+        "failed": [{"path": f.path, "message": f.message, "hint": f.hint} for f in survey.failures],
+        "fixed": list(survey.fixed),
+        "summary": _summary(survey),
     }
     return json.dumps(plain(document), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
@@ -109,6 +111,9 @@ def _finding(finding: Finding) -> dict[str, Any]:
         "evidence": dict(finding.evidence),
         "assumed": dict(finding.assumed),
         "fix": finding.fix,
+        "reference": finding.rule.reference,
+        "fingerprint": finding.fingerprint,
+        "known": finding.known,
     }
 
 
@@ -116,14 +121,18 @@ def _skip(skip: Skip) -> dict[str, Any]:
     return {"code": skip.code, "layer": skip.layer, "missing": list(skip.missing)}
 
 
-def _summary(reports: Sequence[Report], failed: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    findings = [finding for report in reports for finding in report.findings]
+def _summary(survey: Survey) -> dict[str, Any]:
+    """Counts over all files; findings that the baseline knows are counted apart."""
+    new = [finding for finding in survey.findings if not finding.known]
     return {
-        "files": len(reports),
-        "failed": len(failed),
-        "layers": sum(len(report.layers) for report in reports),
-        **{str(level): sum(f.severity is level for f in findings) for level in sorted(Severity, reverse=True)},
-        "skips": sum(len(report.skips) for report in reports),
+        "files": len(survey.reports),
+        "failed": len(survey.failures),
+        "layers": sum(len(report.layers) for report in survey.reports),
+        **{str(level): sum(f.severity is level for f in new) for level in sorted(Severity, reverse=True)},
+        "known": len(survey.findings) - len(new),
+        "fixed": len(survey.fixed),
+        "skips": sum(len(report.skips) for report in survey.reports),
+        "rules": dict(sorted(Counter(finding.code for finding in new).items())),
     }
 
 

@@ -53,7 +53,7 @@ def runs_code_on_load(checkpoint: Checkpoint, context: Context) -> Iterator[Obse
     said = [f"{_short(listed)} ({MEANING[danger]})" for danger, listed in found.items()]
     total = sum(map(len, found.values()))
     yield Observation(
-        message=f"torch.load(weights_only=False) would call {plural(total, 'name')}: {'; '.join(said)}.",
+        message=f"{checkpoint.loader} would call {plural(total, 'name')}: {'; '.join(said)}.",
         evidence={danger.name.lower(): listed for danger, listed in found.items()},
         severity=SEVERITY[worst],
         fix="do not load this file with torch; ask where it comes from" if worst is Danger.OTHER else None,

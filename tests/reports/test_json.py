@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from normdoctor.findings import Survey
 from normdoctor.layers import Checkpoint, Container, Model, NormLayer
 from normdoctor.reports import json as json_report
 from normdoctor.rules import RULES
@@ -25,7 +26,7 @@ LAYER = {
 }  # fmt: skip
 FINDING = {
     "code", "name", "severity", "confidence", "evidence_level", "layer", "channels", "message", "evidence",
-    "assumed", "fix",
+    "assumed", "fix", "reference", "fingerprint", "known",
 }  # fmt: skip
 
 
@@ -33,7 +34,7 @@ def document(layers: list[NormLayer]) -> Any:
     checkpoint = Checkpoint(
         path="m.pt", format="test", container=Container.MEMORY, models=(Model(key=None, layers=tuple(layers)),)
     )
-    text = json_report.render([examine(checkpoint, RULES)])
+    text = json_report.render(Survey(reports=(examine(checkpoint, RULES),)))
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
@@ -43,13 +44,14 @@ def document(layers: list[NormLayer]) -> Any:
 
 def test_shape(make_layer: Callable[..., NormLayer]) -> None:
     report = document([make_layer(running_var=np.full(16, np.nan)), make_layer(name="b", eps=None, momentum=None)])
-    assert set(report) == {"schema_version", "files", "failed", "summary"}
+    assert set(report) == {"schema_version", "files", "failed", "fixed", "summary"}
     file = report["files"][0]
     assert set(file) == FILE
     assert all(set(layer) == LAYER for layer in file["layers"])
     assert file["findings"] and all(set(finding) == FINDING for finding in file["findings"])
     assert all(set(skip) == {"code", "layer", "missing"} for skip in file["skips"])
-    assert set(report["summary"]) == {"files", "failed", "layers", "error", "warning", "info", "skips"}
+    counts = {"files", "failed", "layers", "error", "warning", "info", "known", "fixed", "skips", "rules"}
+    assert set(report["summary"]) == counts
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
