@@ -1,1 +1,31 @@
-"""Reports as text. A renderer takes reports and gives text; it decides nothing."""
+"""A Survey → text, in one file for each format. Renderers decide nothing."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TextIO
+
+from normdoctor.findings import Survey
+
+
+def write(
+    survey: Survey,
+    output_format: str,
+    stream: TextIO,
+    *,
+    every_layer: bool = False,
+    verbose: bool = False,
+    statistics: bool = False,
+) -> None:
+    """Write the survey to `stream` in a format, which is the name of a module here.
+
+    every_layer, verbose, statistics: what the console shows; the other formats always hold everything."""
+    if output_format != "console":
+        stream.write(import_module(f"normdoctor.reports.{output_format}").render(survey))
+        return
+    from normdoctor.reports import console
+
+    if statistics:
+        console.render_statistics(survey, stream)
+    else:
+        console.render(survey, stream, every_layer=every_layer, verbose=verbose)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TextIO
 
 import numpy as np
@@ -12,9 +12,24 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from normdoctor.findings import Finding, Report, Severity, Skip, Survey
-from normdoctor.layers import NormKind, NormLayer, Vector
+from normdoctor.findings import Finding, Report, Severity, Survey
+from normdoctor.layers import NormLayer, Vector
 from normdoctor.reports.text import printable
+from normdoctor.reports.wording import (
+    about,
+    codes_by_layer,
+    grouped,
+    kinds_in_words,
+    new_findings,
+    plural,
+    short,
+    short_kind,
+    size,
+    split_fix,
+    updates_in_words,
+    verdict,
+    worst_layers_first,
+)
 
 STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.INFO: "bold cyan"}
 INDENT = 9
@@ -24,20 +39,6 @@ BARS = "▁▂▃▄▅▆▇█"
 PLAIN_BARS = "_.-=oO0@"
 BINS = 5
 MIN_NAME, ROOMY_NAME = 12, 24
-
-SHORT_KINDS = {
-    NormKind.BATCH: "BN",
-    NormKind.INSTANCE: "IN",
-    NormKind.LAYER: "LN",
-    NormKind.GROUP: "GN",
-    NormKind.RMS: "RMS",
-    NormKind.LAYER_OR_GROUP: "LN/GN",
-    NormKind.LAYER_OR_RMS: "LN/RMS",
-    NormKind.EVO: "Evo",
-    NormKind.FILTER_RESPONSE: "FRN",
-    NormKind.DYNAMIC_TANH: "DyT",
-    NormKind.AFFINE: "affine",
-}
 
 
 def render(survey: Survey, stream: TextIO, *, every_layer: bool = False, verbose: bool = False) -> None:
@@ -90,7 +91,7 @@ class _Page:
     def __init__(self, console: Console, report: Report, every_layer: bool, verbose: bool) -> None:
         self.console = console
         self.report = report
-        self.new = [finding for finding in report.findings if not finding.known]
+        self.new = new_findings(report)
         self.every_layer = every_layer
         self.verbose = verbose
         encoding = getattr(console.file, "encoding", None) or "utf-8"
@@ -156,31 +157,26 @@ class _Page:
 
     def _fix(self, fix: str) -> None:
         """A command stays on one line however long, so that it can be copied."""
-        prose, colon, command = fix.partition("then: normdoctor ")
-        if fix.startswith("normdoctor "):
-            prose, command = "", fix
-        elif colon:
-            self._paragraph(f"fix: {prose}then:", INDENT)
-            command = f"normdoctor {command}"
-        else:
-            self._paragraph(f"fix: {fix}", INDENT)
+        prose, command = split_fix(fix)
+        if prose:
+            self._paragraph(f"fix: {prose}", INDENT)
+        if not command:
             return
         lead = "     " if prose else "fix: "
         self._line(Text(" " * INDENT + lead).append(printable(command), style="green"))
 
     def _table(self) -> None:
         report = self.report
-        ranked = sorted(range(len(report.layers)), key=lambda place: (-self._worst(report.layers[place]), place))
-        shown = ranked if self.every_layer else ranked[:LAYERS_SHOWN]
-        layers = [report.layers[place] for place in shown]
+        layers = worst_layers_first(report)[: None if self.every_layer else LAYERS_SHOWN]
+        codes = codes_by_layer(report)
         columns = [
             ("layer", "left", [printable(layer.name) for layer in layers]),
             ("kind", "left", [short_kind(layer) for layer in layers]),
             ("C", "right", [str(layer.channels) for layer in layers]),
             ("weight", "left", [self._spread(_weight(layer)) for layer in layers]),
             ("running_var", "left", [self._spread(layer.numbers.var) for layer in layers]),
-            ("updates", "right", [_updates(layer) for layer in layers]),
-            ("findings", "left", [self._codes(layer) for layer in layers]),
+            ("updates", "right", [updates_in_words(layer) for layer in layers]),
+            ("findings", "left", [_few(codes.get(layer.name, [])) for layer in layers]),
         ]
         columns = [column for column in columns if column[0] in ("layer", "findings") or any(column[2])]
         others = sum(max(len(cell) for cell in (title, *cells)) for title, _, cells in columns[1:])
@@ -196,15 +192,6 @@ class _Page:
         if hidden:
             self._line(f"{self.ellipsis} {plural(hidden, 'more layer')} (--all)")
         self._line()
-
-    def _codes(self, layer: NormLayer) -> str:
-        """The worst two codes and how many more there are."""
-        codes = list(dict.fromkeys(f.code for f in self.new if f.layer == layer.name))
-        more = f" +{len(codes) - CODES_SHOWN}" if len(codes) > CODES_SHOWN else ""
-        return " ".join(codes[:CODES_SHOWN]) + more
-
-    def _worst(self, layer: NormLayer) -> int:
-        return max((f.severity for f in self.new if f.layer == layer.name), default=0)
 
     def _spread(self, values: Vector | None) -> str:
         """Smallest and largest value with the histogram between them: 0.02 ▁▂▇▅▁ 1.4"""
@@ -242,8 +229,8 @@ class _Page:
 
     def _last_line(self) -> None:
         report = self.report
-        if not report.layers and report.layers_in_file:
-            self._paragraph(f"None of the {plural(report.layers_in_file, 'norm layer')} matches --layer.", 0)
+        if not report.layers and report.layer_names:
+            self._paragraph(f"None of the {plural(len(report.layer_names), 'norm layer')} matches --layer.", 0)
             return
         if not report.layers:
             line = "No norm layers found."
@@ -251,98 +238,14 @@ class _Page:
                 line += f" {plural(len(report.near_misses), 'tensor')} looked like one: --verbose lists them."
             self._paragraph(line, 0)
             return
-        counts = Counter(group[0].severity for group in grouped(self.new))
-        words = ", ".join(
-            plural(counts[level], str(level)) for level in sorted(Severity, reverse=True) if counts[level]
-        )
-        line = f"{plural(len(report.layers), 'layer')}: {words or 'nothing found'}"
-        known = len(report.findings) - len(self.new)
-        if known:
-            line += f"; {plural(known, 'known finding')} in the baseline"
-        if report.skips:
-            line += f"; {skips_in_words(report.skips)}"
-        if report.assumed:
-            values = " and ".join(f"{name} {value:g}" for name, value in report.assumed.items())
-            options = " ".join(f"--{name}" for name in report.assumed)
-            line += f"; {values} assumed where the file is silent ({options})"
-        self._paragraph(line, 0)
+        self._paragraph(verdict([report]), 0)
 
 
 def _weight(layer: NormLayer) -> Vector | None:
     return layer.numbers.gain if layer.weight is not None else None
 
 
-def _updates(layer: NormLayer) -> str:
-    return "" if layer.numbers.updates is None else f"{layer.numbers.updates:,.12g}"
-
-
-def grouped(findings: Iterable[Finding]) -> Iterator[list[Finding]]:
-    """Findings of one rule together, worst first within a rule and among rules."""
-    by_code: dict[str, list[Finding]] = {}
-    for finding in findings:
-        by_code.setdefault(finding.code, []).append(finding)
-    groups = [sorted(group, key=lambda f: (-f.severity, -f.rank)) for group in by_code.values()]
-    yield from sorted(groups, key=lambda group: (-group[0].severity, group[0].code))
-
-
-def about(group: Sequence[Finding]) -> str:
-    """Which layers a group of findings is about, worst first."""
-    layers = [finding.layer for finding in group if finding.layer is not None]
-    if not layers:
-        return ""
-    if len(layers) == 1:
-        return layers[0]
-    if len(layers) == 2:
-        return f"{layers[0]}, {layers[1]}"
-    counts = Counter(finding.severity for finding in group)
-    levels = ""
-    if len(counts) > 1:
-        levels = f" ({', '.join(f'{counts[level]} {level}' for level in sorted(counts, reverse=True))})"
-    return f"{len(layers)} layers{levels}, worst {layers[0]}"
-
-
-def kinds_in_words(layers: Sequence[NormLayer]) -> str:
-    counts = Counter(layer.kind.value for layer in layers)
-    return ", ".join(f"{count} {kind}" for kind, count in counts.most_common()) or "no norm layers"
-
-
-def skips_in_words(skips: Sequence[Skip]) -> str:
-    """How many rules were skipped, for want of what."""
-    rules = {skip.code for skip in skips}
-    missing = list(dict.fromkeys(name for skip in skips for name in skip.missing))
-    return f"{plural(len(rules), 'check')} skipped for want of {', '.join(missing)}"
-
-
-def short_kind(layer: NormLayer) -> str:
-    """BN2d, LN, IN1d: the dimension only where the class names it."""
-    name = (layer.origin or "").rpartition(".")[2]
-    if layer.kind is NormKind.BATCH and name.startswith(("Sync", "Frozen")):
-        return name.removesuffix("2d").replace("BatchNorm", "BN").replace("BNAct", "BN")
-    kind = SHORT_KINDS[layer.kind]
-    return kind + name[-2:] if name[-2:] in ("1d", "2d", "3d") else kind
-
-
-def short(value: float) -> str:
-    """At most six characters: 0.02, 1.4, 312, 5e-45."""
-    if value == 0:
-        return "0"
-    if 0.001 <= abs(value) < 10000:
-        return f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
-    mantissa, _, exponent = f"{value:.0e}".partition("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
-def size(count: int) -> str:
-    """Bytes in decimal units: 76 KB, 44.8 MB."""
-    if count < 1000:
-        return f"{count} B"
-    amount = float(count)
-    for unit in ("KB", "MB", "GB", "TB"):
-        amount /= 1000
-        if amount < 1000 or unit == "TB":
-            break
-    return f"{amount:.1f} {unit}" if amount < 100 and unit != "KB" else f"{amount:.0f} {unit}"
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 or noun == "info" else "s")
+def _few(codes: Sequence[str]) -> str:
+    """The worst two codes and how many more there are."""
+    more = f" +{len(codes) - CODES_SHOWN}" if len(codes) > CODES_SHOWN else ""
+    return " ".join(codes[:CODES_SHOWN]) + more

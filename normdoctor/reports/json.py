@@ -60,18 +60,9 @@ def _layer(layer: NormLayer) -> dict[str, Any]:
         "affine": layer.affine,
         "track_running_stats": layer.track_running_stats,
         "zero_centred": layer.zero_centred,
-        "num_batches_tracked": _count(layer.numbers.updates),
+        "num_batches_tracked": updates_of(layer),
         "aliases": list(layer.aliases),
-        "stats": {
-            name: _stats(array)
-            for name, array in (
-                ("weight", layer.numbers.gain if layer.weight is not None else None),
-                ("bias", layer.numbers.shift if layer.bias is not None else None),
-                ("running_mean", layer.numbers.mean),
-                ("running_var", layer.numbers.var),
-            )
-            if array is not None
-        },
+        "stats": statistics_of(layer),
         "dtypes": {
             name: ref.dtype
             for name in ("weight", "bias", "running_mean", "running_var", "alpha")
@@ -80,8 +71,21 @@ def _layer(layer: NormLayer) -> dict[str, Any]:
     }
 
 
-def _count(updates: float | None) -> float | int | None:
+def updates_of(layer: NormLayer) -> float | int | None:
+    """num_batches_tracked, whole unless the file stores a fraction."""
+    updates = layer.numbers.updates
     return int(updates) if updates is not None and updates.is_integer() else updates
+
+
+def statistics_of(layer: NormLayer) -> dict[str, dict[str, Any]]:
+    """What the values of each stored vector look like, by field; weight and bias as the layer applies them."""
+    vectors = {
+        "weight": layer.numbers.gain if layer.weight is not None else None,
+        "bias": layer.numbers.shift if layer.bias is not None else None,
+        "running_mean": layer.numbers.mean,
+        "running_var": layer.numbers.var,
+    }
+    return {name: _stats(values) for name, values in vectors.items() if values is not None}
 
 
 def _stats(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, Any]:
@@ -127,6 +131,7 @@ def _summary(survey: Survey) -> dict[str, Any]:
     return {
         "files": len(survey.reports),
         "failed": len(survey.failures),
+        "passed_over": survey.passed_over,
         "layers": sum(len(report.layers) for report in survey.reports),
         **{str(level): sum(f.severity is level for f in new) for level in sorted(Severity, reverse=True)},
         "known": len(survey.findings) - len(new),

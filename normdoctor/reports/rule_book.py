@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from normdoctor.findings import Rule
+from normdoctor.reports.wording import example_fix
 from normdoctor.rules import RULES
 
 
@@ -64,8 +65,7 @@ def write_explanation(rule: Rule, stream: TextIO) -> None:
         console.print(" ".join(paragraph.split()))
         console.print()
     console.print(f"Why: {rule.why}")
-    fix = rule.fix.replace("{path}", "model.pt").replace("{fixed}", "fixed.pt").replace("{momentum}", "")
-    console.print(f"Fix: {fix}")
+    console.print(f"Fix: {example_fix(rule)}")
     if rule.limits:
         shown = ", ".join(f"{name} {value:g}" for name, value in rule.limits.items())
         console.print(f"Thresholds: {shown}  (--threshold {rule.code}.NAME=VALUE)")

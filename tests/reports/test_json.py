@@ -50,7 +50,19 @@ def test_shape(make_layer: Callable[..., NormLayer]) -> None:
     assert all(set(layer) == LAYER for layer in file["layers"])
     assert file["findings"] and all(set(finding) == FINDING for finding in file["findings"])
     assert all(set(skip) == {"code", "layer", "missing"} for skip in file["skips"])
-    counts = {"files", "failed", "layers", "error", "warning", "info", "known", "fixed", "skips", "rules"}
+    counts = {
+        "files",
+        "failed",
+        "passed_over",
+        "layers",
+        "error",
+        "warning",
+        "info",
+        "known",
+        "fixed",
+        "skips",
+        "rules",
+    }
     assert set(report["summary"]) == counts
 
 

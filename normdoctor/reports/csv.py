@@ -1,0 +1,86 @@
+"""The table of layers as CSV (RFC 4180), one row per layer over all files, for spreadsheets and data frames.
+
+An empty cell means that the file does not say. What is wrong with a file as a whole, and files that could not be
+examined, have no row here."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+
+from normdoctor.findings import Finding, Report, Survey
+from normdoctor.layers import VECTORS, NormLayer
+from normdoctor.reports.json import statistics_of, updates_of
+from normdoctor.reports.text import printable
+from normdoctor.reports.wording import new_findings
+
+MEASURES = ("min", "median", "max")
+
+COLUMNS = (
+    *("file", "layer", "kind", "origin", "channels", "groups", "eps", "momentum", "training", "affine"),
+    *("track_running_stats", "num_batches_tracked"),
+    *(f"{name}_{measure}" for name in VECTORS for measure in MEASURES),
+    *("nonfinite", "severity", "codes"),
+)
+"""min, median and max are of the finite values; nonfinite is how many others the layer has. severity is that of
+its worst finding, codes are those of all; findings that the baseline knows are left out."""
+
+FORMULA = "=+-@＝＋－＠"
+"""What makes a spreadsheet take the rest of a cell for a formula, in either width."""
+
+
+def render(survey: Survey) -> str:
+    """The table with its header; lines end in CR LF."""
+    stream = io.StringIO()
+    writer = csv.writer(stream)
+    writer.writerow(COLUMNS)
+    for report in survey.reports:
+        writer.writerows(_rows(report))
+    return stream.getvalue()
+
+
+def _rows(report: Report) -> Iterator[list[str]]:
+    findings: dict[str | None, list[Finding]] = {}
+    for finding in new_findings(report):
+        findings.setdefault(finding.layer, []).append(finding)
+    for layer in report.layers:
+        yield _row(report.path, layer, findings.get(layer.name, []))
+
+
+def _row(path: str, layer: NormLayer, findings: list[Finding]) -> list[str]:
+    stats = statistics_of(layer)
+    measured = [stats.get(name, {}).get(measure) for name in VECTORS for measure in MEASURES]
+    return [
+        _text(path),
+        _text(layer.name),
+        layer.kind.value,
+        _text(layer.origin or ""),
+        _value(layer.channels),
+        _value(layer.groups),
+        _value(layer.eps),
+        _value(layer.momentum),
+        _value(layer.training),
+        _value(layer.affine),
+        _value(layer.track_running_stats),
+        _value(updates_of(layer)),
+        *map(_value, measured),
+        _value(sum(of["nonfinite"] for of in stats.values())),
+        str(max(finding.severity for finding in findings)) if findings else "",
+        " ".join(dict.fromkeys(finding.code for finding in findings)),
+    ]
+
+
+def _text(words: str) -> str:
+    """Text from the file: one that a spreadsheet would compute gets an apostrophe in front."""
+    words = printable(words)
+    return f"'{words}" if words.lstrip().startswith(tuple(FORMULA)) else words
+
+
+def _value(value: float | str | None) -> str:
+    """A number so short that it still reads back the same, true or false, or nothing."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(float(value)) if isinstance(value, float) else str(value)

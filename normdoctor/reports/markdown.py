@@ -1,0 +1,212 @@
+"""The report as GitHub Markdown, made to fit a comment on a pull request.
+
+Findings come as one table, worst first; the layers of each file stand below, folded away. Names come from
+strangers: none of them can mention anybody, link anywhere or break a table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from normdoctor.findings import Failure, Finding, Report, Severity, Survey
+from normdoctor.layers import NormLayer
+from normdoctor.reports.json import statistics_of
+from normdoctor.reports.text import html_code, markdown_code, markdown_text, shortened
+from normdoctor.reports.wording import (
+    codes_by_layer,
+    kinds_in_words,
+    many_layers,
+    plural,
+    ranked,
+    severities_in_words,
+    short,
+    size,
+    split_fix,
+    updates_in_words,
+    verdict,
+    worst_layers_first,
+)
+
+LIMIT = 65_536
+"""Characters that GitHub takes in a comment."""
+
+LAST_SENTENCE = 512
+"""Room kept for the sentence on what was left out."""
+
+FAILURES_SHARE = 1 / 3
+"""Of the room, for files that could not be examined: however many, the findings are seen as well."""
+
+NAME_ROOM, PROSE_ROOM, NOTE_ROOM = 100, 800, 300
+FIXED_SHOWN, NOTES_SHOWN = 20, 5
+
+Column = tuple[str, str, Callable[[Any], str]]
+"""Title, alignment, and what stands in the cell of an entry."""
+
+
+def render(survey: Survey) -> str:
+    """The whole survey in less than 65,536 characters; what had to be left out is counted at the end."""
+    page = _Page()
+    page.add(f"## normdoctor: {_heading(survey)}")
+    page.add(f"{plural(len(survey.reports), 'file')}, {verdict(survey.reports)}")
+    if survey.fixed:
+        page.add(f"No longer found, though in the baseline: {_listed(survey.fixed)}")
+    if survey.failures:
+        page.add_rows("Not examined:\n", survey.failures, _failure, "file", share=FAILURES_SHARE)
+    if found := ranked(survey.reports):
+        columns = _finding_columns(len(survey.reports) > 1)
+        page.add_rows(_head(columns), found, _row_of(columns), "finding")
+    for report in survey.reports:
+        if report.layers or report.notes:
+            columns = _layer_columns(report)
+            head = "\n\n".join(filter(None, (_fold(report), _head(columns))))
+            page.add_rows(head, worst_layers_first(report), _row_of(columns), "layer", tail="\n\n</details>")
+    return page.text()
+
+
+class _Page:
+    """Blocks of text for as long as there is room."""
+
+    def __init__(self) -> None:
+        self.blocks: list[str] = []
+        self.room = LIMIT - LAST_SENTENCE
+        self.left_out: Counter[str] = Counter()
+
+    def add(self, block: str) -> None:
+        self.blocks.append(block)
+        self.room -= len(block) + 2
+
+    def add_rows(
+        self,
+        head: str,
+        entries: Sequence[Any],
+        row_of: Callable[[Any], str],
+        noun: str,
+        *,
+        tail: str = "",
+        share: float = 1.0,
+    ) -> None:
+        """Rows for as many entries as fit into that share of the room; nothing at all if not even the first does."""
+        room = self.room * share - len(head) - len(tail) - 2
+        rows: list[str] = []
+        for row in map(row_of, entries):
+            room -= len(row) + 1
+            if room < 0:
+                break
+            rows.append(row)
+        self.left_out[noun] += len(entries) - len(rows)
+        if rows or (not entries and room >= 0):
+            self.add("\n".join([head, *rows]) + tail)
+
+    def text(self) -> str:
+        left = " and ".join(plural(count, noun) for noun, count in self.left_out.items() if count)
+        if left:
+            self.blocks.append(f"Left out to fit into a comment: {left}. `--format json` has everything.")
+        return "\n\n".join(self.blocks) + "\n"
+
+
+def _head(columns: Sequence[Column]) -> str:
+    """The first two lines of a table; nothing where it has no columns."""
+    titles, alignments = [title for title, _, _ in columns], [alignment for _, alignment, _ in columns]
+    return f"{_line(titles)}\n{_line(alignments)}" if columns else ""
+
+
+def _row_of(columns: Sequence[Column]) -> Callable[[Any], str]:
+    return lambda entry: _line(cell(entry) for _, _, cell in columns)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _heading(survey: Survey) -> str:
+    failed = f"{plural(len(survey.failures), 'file')} not examined" if survey.failures else ""
+    return ", ".join(filter(None, (severities_in_words(survey.reports), failed))) or "nothing found"
+
+
+def _failure(failure: Failure) -> str:
+    words = failure.message.removeprefix(f"{failure.path}: ")  # most messages begin with it
+    return f"- {_name(failure.path)}: {_prose('; '.join(filter(None, (words, failure.hint))))}"
+
+
+def _finding_columns(several_files: bool) -> list[Column]:
+    columns: list[Column] = [
+        ("severity", "---", lambda found: _severity(found[1][0].severity)),
+        ("rule", "---", lambda found: _rule(found[1][0])),
+        ("file", "---", lambda found: _name(found[0].path)),
+        ("layers", "---", lambda found: _about(found[1])),
+        ("what", "---", lambda found: _what(found[1][0])),
+    ]
+    return [column for column in columns if column[0] != "file" or several_files]
+
+
+def _severity(severity: Severity) -> str:
+    return f"**{severity}**" if severity > Severity.INFO else str(severity)
+
+
+def _rule(finding: Finding) -> str:
+    return f"[{finding.code} {finding.name}]({finding.rule.reference})"
+
+
+def _about(group: Sequence[Finding]) -> str:
+    layers = [finding.layer for finding in group if finding.layer is not None]
+    if len(layers) > 2:
+        return f"{many_layers(group)}, worst {_name(layers[0])}"
+    return ", ".join(map(_name, layers)) or "the file"
+
+
+def _what(finding: Finding) -> str:
+    if finding.severity is Severity.INFO:
+        return _prose(finding.message)
+    prose, command = split_fix(finding.fix)
+    fix = " ".join(filter(None, (_prose(prose), markdown_code(command) if command else "")))
+    return f"{_prose(finding.message)} {_prose(finding.rule.why)}<br>Fix: {fix}"
+
+
+def _fold(report: Report) -> str:
+    """The beginning of what is folded away: the file, its format, the notes of its reader."""
+    read = "" if report.bytes_total is None else f", read {size(report.bytes_read)} of {size(report.bytes_total)}"
+    title = f"{html_code(shortened(report.path, NAME_ROOM))}: {plural(len(report.layers), 'layer')}"
+    about = f"{_prose(report.format, NOTE_ROOM)}, {kinds_in_words(report.layers)}{read}"
+    notes = [f"- {_prose(note, NOTE_ROOM)}" for note in report.notes[:NOTES_SHOWN]]
+    if len(report.notes) > NOTES_SHOWN:
+        notes.append(f"- and {plural(len(report.notes) - NOTES_SHOWN, 'more note')}")
+    return "\n\n".join(filter(None, (f"<details><summary>{title}</summary>", about, "\n".join(notes))))
+
+
+def _layer_columns(report: Report) -> list[Column]:
+    """Those with something to say about any layer."""
+    codes = codes_by_layer(report)
+    columns: list[Column] = [
+        ("layer", "---", lambda layer: _name(layer.name)),
+        ("kind", "---", lambda layer: layer.kind.value),
+        ("channels", "---:", lambda layer: str(layer.channels)),
+        ("weight", "---", lambda layer: _spread(layer, "weight")),
+        ("running_var", "---", lambda layer: _spread(layer, "running_var")),
+        ("updates", "---:", updates_in_words),
+        ("findings", "---", lambda layer: " ".join(codes.get(layer.name, []))),
+    ]
+    return [column for column in columns if any(map(column[2], report.layers))]
+
+
+def _spread(layer: NormLayer, field: str) -> str:
+    """The smallest and the largest finite value, and how many are not finite."""
+    stats = statistics_of(layer).get(field)
+    if stats is None:
+        return ""
+    span = "" if "min" not in stats else f"{short(stats['min'])} to {short(stats['max'])}"
+    broken = f"{stats['nonfinite']} not finite" if stats["nonfinite"] else ""
+    return ", ".join(filter(None, (span, broken)))
+
+
+def _listed(fingerprints: Sequence[str]) -> str:
+    more = len(fingerprints) - FIXED_SHOWN
+    return ", ".join(map(_name, fingerprints[:FIXED_SHOWN])) + (f" and {more} more" if more > 0 else "")
+
+
+def _name(name: str) -> str:
+    return markdown_code(shortened(name, NAME_ROOM))
+
+
+def _prose(words: str, room: int = PROSE_ROOM) -> str:
+    return markdown_text(words if len(words) <= room else f"{words[: room - 1]}…")
