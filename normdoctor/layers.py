@@ -6,14 +6,16 @@ Nothing here knows a file format, torch or onnx. `None` always means *the file d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from normdoctor.errors import InputError
 
 Vector = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -54,6 +56,19 @@ class ArrayRef(Protocol):
         """The values. bfloat16 and float8 come as float32, which holds them exactly.
 
         Raises InputError where the bytes cannot be read (truncated file, checksum)."""
+
+
+@dataclass(frozen=True)
+class DetachedArray:
+    """What is left of an ArrayRef without its file: everything but the values."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    identity: Hashable
+
+    def numpy(self) -> NDArray[Any]:
+        raise InputError("the values were left in the file", "Open the checkpoint again to read them.")
 
 
 class NormKind(Enum):
@@ -103,10 +118,14 @@ class NormLayer:
     num_batches_tracked: ArrayRef | None = None
     alpha: ArrayRef | None = None
     """The scalar inside DynamicTanh (gamma * tanh(alpha * x) + beta) and its relatives."""
+    inner_shift: ArrayRef | None = None
+    """The scalar s inside Derf (gamma * erf(alpha * x + s) + beta)."""
     eps: float | None = None
     momentum: float | Literal["cumulative"] | None = None
     """torch's own momentum=None, a plain average over all batches, is the word "cumulative"."""
     training: bool | None = None
+    baked: bool = False
+    """`training` is a literal of a recorded graph (traced, exported): neither train() nor eval() changes it."""
     affine: bool | None = None
     track_running_stats: bool | None = None
     requires_grad: bool | None = None
@@ -116,6 +135,10 @@ class NormLayer:
     """What the class itself says about `zero_centred`, where the file names one that is known."""
     aliases: tuple[str, ...] = ()
     """Other names under which the same tensors are stored (one module used in several places)."""
+    stored_names: Mapping[str, str] = field(default_factory=dict)
+    """Field → the name that the file has for it, where that is not torch's own (weight → gamma)."""
+    wrappers: tuple[str, ...] = ()
+    """The parts of `name` that a wrapper inserted and `path` is without (module, _orig_mod)."""
 
     @cached_property
     def lengths(self) -> dict[str, int]:
@@ -132,6 +155,18 @@ class NormLayer:
     def numbers(self) -> Numbers:
         """The layer's values per channel in float64, each read once."""
         return Numbers(self)
+
+    def detached(self) -> NormLayer:
+        """The layer with its numbers and without its file: what can go to another process."""
+        self.numbers.load()
+        left: dict[str, Any] = {}
+        for name in (entry.name for entry in fields(self)):
+            ref = getattr(self, name)
+            if isinstance(ref, ArrayRef):
+                left[name] = DetachedArray(ref.shape, ref.dtype, ref.nbytes, ref.identity)
+        layer = replace(self, **left)
+        layer.__dict__["numbers"] = self.numbers.of(layer)
+        return layer
 
 
 class Numbers:
@@ -184,6 +219,12 @@ class Numbers:
         # Where most channels are dead (34 of 64 in a published face network) they must not be the yardstick.
         moving = self.var[finite & (self.var > DEAD_SHARE_OF_LARGEST * self.var[finite].max())]
         return finite & (self.var > LIVE_SHARE_OF_MEDIAN * median(moving))
+
+    def of(self, layer: NormLayer) -> Numbers:
+        """The same numbers as those of `layer`, a copy of the layer that they were read from."""
+        numbers = Numbers(layer)
+        numbers.__dict__ |= {name: value for name, value in self.__dict__.items() if name != "_layer"}
+        return numbers
 
     def load(self) -> None:
         """Read everything now, so that the values outlive the open file."""
@@ -317,6 +358,10 @@ class Checkpoint:
     load_calls: tuple[LoadCall, ...] = ()
     loader: str = "torch.load(weights_only=False)"
     """The call of torch's that would make them."""
+    files: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Only of a folder: the name of a layer → the one file in it that can be repaired for it, where there is one."""
+    as_one_file: str = ""
+    """Only of a folder: what to do to have the model in one file, with {path} for the folder."""
     bytes_total: int | None = None
     count_bytes_read: Callable[[], int] = field(default=lambda: 0, repr=False)
     on_close: Callable[[], None] = field(default=lambda: None, repr=False)

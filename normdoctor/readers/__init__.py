@@ -5,7 +5,8 @@ No reader imports torch, executes anything from a file or reads more of it than 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ OTHER_CONTENTS = (
 )
 """First bytes, what the file is then, and what to do."""
 
-READABLE = "normdoctor reads torch.save files (zip and legacy), safetensors and ONNX."
+READABLE = "normdoctor reads files of torch.save, torch.jit.save and torch.export.save, safetensors and ONNX."
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,48 @@ FORMATS = (
         True,
     ),
     Format("PyTorch legacy container", "state_dicts and modules of torch before 1.6", "as the zip", True),
+    Format(
+        "TorchScript (.pt, .ts, .jit)",
+        "scripted, traced and frozen modules of torch.jit.save",
+        "eps, momentum, mode, class",
+        True,
+    ),
+    Format(
+        "PyTorch .pt2 (torch.export)",
+        "one exported program or several, branches of control flow",
+        "eps, momentum, mode, class",
+        True,
+    ),
     Format("safetensors", "flat tensors", "update counters", True),
+    Format(
+        "Hugging Face shards (folder or *.index.json)",
+        "safetensors or torch.save; only shards that can hold norms are opened",
+        "update counters",
+        False,
+    ),
+    Format(
+        "torch.distributed.checkpoint (folder)",
+        "nested state_dicts; chunks of FSDP and DTensor are joined",
+        "update counters",
+        False,
+    ),
     Format("ONNX, opset 6 and later", "inline or external data, subgraphs, functions", "eps, momentum, mode", True),
     Format("live nn.Module", "through `nd.inspect(module)`", "eps, momentum, mode, class", True),
 )
 
 
 def open_checkpoint(target: Any) -> Checkpoint:
-    """Open a model file (str or Path) or a live nn.Module for inspection. Close it, or use `with`.
+    """Open a model file, a folder that is one checkpoint (str or Path) or a live nn.Module for inspection.
+
+    Close it, or use `with`.
 
     Raises InputError for a file that is missing, damaged, or no model that normdoctor reads."""
     if isinstance(target, (str, Path)):
-        return _open_file(Path(target))
+        path = Path(target)
+        with suppress(OSError, ValueError):  # opening it as a file then says what is wrong
+            if path.is_dir():
+                return _open_folder(path)
+        return _open_file(path)
     from normdoctor.readers import live_module
 
     if live_module.is_module(target):
@@ -77,10 +108,19 @@ def open_checkpoint(target: Any) -> Checkpoint:
     )
 
 
-def _open_file(path: Path) -> Checkpoint:
+def _open_folder(folder: Path) -> Checkpoint:
+    from normdoctor.readers import folders
+
+    checkpoint = _open_file(folders.find_manifest(folder))
+    return replace(checkpoint, path=str(folder))
+
+
+def _open_file(path: Path, shard: bool = False) -> Checkpoint:
+    """shard: the file is a part of a checkpoint and cannot be one in several files itself."""
     source = Source(path)
     try:
-        return _read(source)
+        several = None if shard else _read_several_files(source)
+        return several or _read(source)
     except InputError as error:
         source.close()
         if str(path) in error.message:
@@ -91,21 +131,33 @@ def _open_file(path: Path) -> Checkpoint:
         raise
 
 
+def _read_several_files(source: Source) -> Checkpoint | None:
+    """The checkpoint whose index or metadata the file is, None for any other file."""
+    from normdoctor.readers import distributed, sharded
+
+    if sharded.is_index(source):
+        return sharded.read(source, lambda path: _open_file(path, shard=True))
+    return distributed.read(source) if distributed.is_metadata(source) else None
+
+
 def _read(source: Source) -> Checkpoint:
     path = source.path
     if source.size == 0:
         raise InputError(f"{path}: the file is empty", "The save or download failed; do it again.")
-    from normdoctor.readers import safetensors, torch_pickle
+    if path.suffix == ".distcp":
+        raise InputError(
+            f"{path}: what one rank wrote of a torch distributed checkpoint", f"Give its folder: {path.parent}"
+        )
+    from normdoctor.readers import safetensors, torch_export, torch_pickle, torchscript
 
     if torch_pickle.is_zip(source):
         records = torch_pickle.ZipRecords(source)
+        if torch_export.is_package(records):
+            return torch_export.read(source, records)
         if records.root is None:
             raise torch_pickle.explain_other_zip(path, records)
-        if records.root + "constants.pkl" in records.infos:
-            raise InputError(
-                f"{path}: a TorchScript archive, which normdoctor does not read yet",
-                "Inspect the state_dict or module it was made from, or an ONNX export.",
-            )
+        if torchscript.is_torchscript(records):
+            return torchscript.read(source, records)
         return torch_pickle.read_zip(source, records)
     if torch_pickle.is_tar(source):
         raise InputError(

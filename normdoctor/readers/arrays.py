@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
@@ -139,6 +139,20 @@ class Part(Source):
 
     def close(self) -> None:
         pass
+
+
+def path_inside(folder: Path, name: object) -> Path:
+    """The file that a checkpoint names as lying in `folder`. A link there may lead anywhere, as those of
+    huggingface_hub's cache do. Raises InputError for a name that leaves the folder."""
+    named = name if isinstance(name, str) else ""
+    for kind in (PurePosixPath, PureWindowsPath):
+        pure = kind(named)
+        if not pure.parts or pure.anchor or ".." in pure.parts:
+            raise InputError(
+                f"{folder}: the checkpoint names the file {str(name)[:200]!r}, which does not lie in its folder",
+                "The checkpoint is damaged or was made to mislead; do not load it.",
+            )
+    return folder / PurePosixPath(named)
 
 
 def unreadable(path: Path, error: OSError | ValueError) -> InputError:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, cast
 
 from normdoctor.layers import ArrayRef, Model, NearMiss, NormKind, NormLayer, Reference
 from normdoctor.readers.arrays import FLOAT_TYPES, MAX_ELEMENTS
 from normdoctor.readers.finishing import Budget, finish, with_aliases
-from normdoctor.readers.naming import Recognised, averaged, group_of, is_counter, recognise, size_of, strip_wrappers
+from normdoctor.readers.naming import (
+    Recognised,
+    averaged,
+    group_of,
+    inner_shift,
+    is_counter,
+    recognise,
+    size_of,
+    stored_names,
+    strip_wrappers,
+    wrappers_in,
+)
 from normdoctor.readers.norm_classes import (
     EPS_NAMES,
     FROZEN_CLASS,
@@ -123,18 +134,22 @@ def _look_at(name: str, module: ModuleRecord, walk: _Walk) -> None:
             return
         kind, channels, fields = found.kind, found.channels, dict(found.tensors)
     else:
-        fields = {role: ref for role, ref in group.roles.items() if _usable(role, ref)}
-        if "alpha" in fields and kind is not NormKind.DYNAMIC_TANH:
+        fields = {role: ref for role, ref in group.roles.items() if usable(role, ref)}
+        if kind is NormKind.DYNAMIC_TANH:
+            fields |= inner_shift(group)
+        elif "alpha" in fields:
             del fields["alpha"]
         sizes = [size_of(fields[role]) for role in ("running_var", "weight", "running_mean") if role in fields]
         channels = sizes[0] if sizes else width or 0
         if not channels:
             return  # a module that only holds a norm, or Conv2dNormActivation: the norm itself comes below
-    walk.layers.append(_layer(name, module, kind, channels, fields))
+    layer = _layer(name, module, kind, channels, fields)
+    walk.layers.append(replace(layer, stored_names=stored_names(group, fields)))
     walk.places[module.identity] = len(walk.layers) - 1
 
 
-def _usable(role: str, ref: ArrayRef) -> bool:
+def usable(role: str, ref: ArrayRef) -> bool:
+    """Whether a tensor can be what a norm layer has under this name."""
     if role in ("num_batches_tracked", "alpha"):
         return is_counter(ref)
     if ref.dtype not in FLOAT_TYPES or size_of(ref) > MAX_ELEMENTS:
@@ -153,6 +168,7 @@ def _layer(name: str, module: ModuleRecord, kind: NormKind, channels: int, field
     return NormLayer(
         name=name,
         path=strip_wrappers(name),
+        wrappers=wrappers_in(name),
         kind=kind,
         channels=channels,
         origin=origin,

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from normdoctor.layers import ArrayRef, Model, NearMiss, NormKind, NormLayer, as_vector
+from normdoctor.layers import ArrayRef, DetachedArray, Model, NearMiss, NormKind, NormLayer, as_vector
 from normdoctor.readers.arrays import FLOAT_TYPES, MAX_ELEMENTS
 from normdoctor.readers.finishing import Budget, finish
+
+T = TypeVar("T")
 
 WRAPPERS = frozenset(
     {
@@ -58,8 +60,21 @@ FALSE_FRIENDS = re.compile(
     r"spectralnorm)$"
 )
 
+AVERAGE_COUNTER = "n_averaged"
+"""Where torch.optim.swa_utils.AveragedModel counts."""
+
 EVO_OR_FRN_MEMBERS = {"v": NormKind.EVO, "tau": NormKind.FILTER_RESPONSE}
-DYNAMIC_TANH_EXTRAS = frozenset({"alpha", "shift", "s"})
+INNER_SHIFT_NAMES = ("shift", "s")
+DYNAMIC_TANH_EXTRAS = frozenset(INNER_SHIFT_NAMES)
+
+
+def wrappers_in(name: str) -> tuple[str, ...]:
+    """The path components of `name` that wrappers insert, each once.
+
+    >>> wrappers_in("module._orig_mod.layer1.bn1")
+    ('module', '_orig_mod')
+    """
+    return tuple(dict.fromkeys(part for part in name.split(".") if part in WRAPPERS))
 
 
 def strip_wrappers(name: str) -> str:
@@ -78,8 +93,8 @@ class Group:
     parent: str
     roles: dict[str, ArrayRef] = field(default_factory=dict)
     others: dict[str, ArrayRef] = field(default_factory=dict)
-    weight_name: str = "weight"
-    """The leaf name that the weight goes by."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Role → the leaf name it goes by."""
 
     @property
     def own_name(self) -> str:
@@ -129,8 +144,7 @@ def group_of(parent: str, tensors: Mapping[str, ArrayRef]) -> Group:
         for name in names:
             if name in tensors:
                 group.roles[role] = tensors[name]
-                if role == "weight":
-                    group.weight_name = name
+                group.names[role] = name
                 break
     statistics = group.roles.keys() & {"running_mean", "running_var"}
     if len(statistics) == 1 and not any(name.startswith(("running_", "moving_")) for name in tensors):
@@ -156,7 +170,8 @@ def recognise(group: Group) -> Recognised | str | None:
     alpha = roles.get("alpha")
     if alpha is not None:
         if size_of(alpha) == 1 and set(others) <= DYNAMIC_TANH_EXTRAS:
-            found = Recognised(NormKind.DYNAMIC_TANH, size_of(weight), {**vectors, "alpha": alpha})
+            tensors = {**vectors, "alpha": alpha, **inner_shift(group)}
+            found = Recognised(NormKind.DYNAMIC_TANH, size_of(weight), tensors)
         elif bias is None or set(others) - EVO_OR_FRN_MEMBERS.keys():
             return "alpha is not the scalar of a DynamicTanh"
     elif others:
@@ -178,6 +193,17 @@ def recognise(group: Group) -> Recognised | str | None:
     else:
         return "a lone vector without a norm's name (PReLU, LayerScale, gate)"
     return found
+
+
+def inner_shift(group: Group) -> dict[str, ArrayRef]:
+    """The scalar inside Derf by its NormLayer field; nothing where there is none."""
+    found = next((group.others[name] for name in INNER_SHIFT_NAMES if name in group.others), None)
+    return {"inner_shift": found} if found is not None and is_counter(found) else {}
+
+
+def stored_names(group: Group, fields: Iterable[str]) -> dict[str, str]:
+    """Which of the NormLayer fields have another name than torch's in the file, and which."""
+    return {role: group.names[role] for role in fields if group.names.get(role, role) != role}
 
 
 def _with_statistics(group: Group, vectors: Mapping[str, ArrayRef]) -> Recognised | str:
@@ -208,7 +234,7 @@ def _many_dimensional(group: Group) -> Recognised | str | None:
             return "weight and bias of one shape, but no norm's name"
         return Recognised(NormKind.LAYER, size_of(weight), {"weight": weight, "bias": bias})
     one_axis = len(weight.shape) > 1 and max(weight.shape) == size_of(weight)
-    if bias is None and one_axis and group.weight_name in ("g", "gamma") and group.named_like_norm:
+    if bias is None and one_axis and group.names["weight"] in ("g", "gamma") and group.named_like_norm:
         return Recognised(_kind_by_name(group, NormKind.LAYER_OR_RMS), size_of(weight), {"weight": weight})
     return None
 
@@ -246,11 +272,7 @@ def read_names(tensors: Mapping[str, ArrayRef], key: str | None = None, budget: 
     """The norm layers among the tensors of one flat state_dict, in its order.
 
     key: where in the file the state_dict was found, if the file holds several."""
-    groups: dict[str, dict[str, ArrayRef]] = defaultdict(dict)
-    for name, tensor in tensors.items():
-        parent, _, leaf = name.rpartition(".")
-        groups[parent][leaf] = tensor
-    sorted_groups = [group_of(parent, leaves) for parent, leaves in groups.items()]
+    sorted_groups = [group_of(parent, leaves) for parent, leaves in _by_parent(tensors).items()]
     outcomes = [(group, recognise(group)) for group in sorted_groups]
     layers, misses = [], []
     batch_places = _batch_places(outcomes)
@@ -265,6 +287,8 @@ def read_names(tensors: Mapping[str, ArrayRef], key: str | None = None, budget: 
                     path=strip_wrappers(group.parent),
                     kind=kind,
                     channels=outcome.channels,
+                    stored_names=stored_names(group, outcome.tensors),
+                    wrappers=wrappers_in(group.parent),
                     **cast(dict[str, Any], outcome.tensors),
                 )
             )
@@ -272,6 +296,37 @@ def read_names(tensors: Mapping[str, ArrayRef], key: str | None = None, budget: 
             shape = group.roles["weight"].shape if "weight" in group.roles else ()
             misses.append(NearMiss(name=group.parent, shape=shape, reason=outcome))
     return finish(key, layers, near_misses=misses, averaged=averaged(tensors), budget=budget)
+
+
+def _by_parent(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """The tensors of each parent by their leaf names."""
+    parents: dict[str, dict[str, T]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        parent, _, leaf = name.rpartition(".")
+        parents[parent][leaf] = tensor
+    return parents
+
+
+def possible_norms(names: Iterable[str]) -> set[str]:
+    """The names that can belong to a norm layer, or say that a model is an average, whatever their shapes are."""
+    possible: set[str] = set()
+    known: dict[tuple[str, ...], bool] = {}
+    for parent, leaves in _by_parent({name: name for name in names}).items():
+        kind = (Group(parent=parent).own_name, *leaves)  # a mixture of experts has 100,000 alike
+        if kind not in known:
+            stand_ins = {leaf: _stand_in(leaf) for leaf in leaves}
+            known[kind] = isinstance(recognise(group_of(parent, stand_ins)), Recognised)
+        if known[kind]:
+            possible.update(leaves.values())
+        elif not parent and AVERAGE_COUNTER in leaves:
+            possible.add(leaves[AVERAGE_COUNTER])
+    return possible
+
+
+def _stand_in(leaf: str) -> ArrayRef:
+    """A tensor of the shape that a norm has under this name."""
+    scalar = leaf in ROLES["alpha"] or leaf in ROLES["num_batches_tracked"]
+    return DetachedArray(shape=() if scalar else (8,), dtype="float32", nbytes=0, identity=None)
 
 
 def _batch_places(outcomes: Sequence[tuple[Group, Recognised | str | None]]) -> set[str]:
@@ -302,11 +357,8 @@ def why_no_norms(tensors: Mapping[str, ArrayRef]) -> str | None:
     """What the names and shapes say about a state_dict without norm layers, None where they say nothing.
 
     Folding a BatchNorm leaves its shift behind as a bias, which a convolution in front of a norm goes without."""
-    parents: dict[str, dict[str, ArrayRef]] = defaultdict(dict)
-    for name, tensor in tensors.items():
-        parent, _, leaf = name.rpartition(".")
-        parents[parent][leaf] = tensor
-    convolutions = [leaves for leaves in parents.values() if "weight" in leaves and len(leaves["weight"].shape) >= 3]
+    parents = _by_parent(tensors).values()
+    convolutions = [leaves for leaves in parents if "weight" in leaves and len(leaves["weight"].shape) >= 3]
     if not convolutions:
         return None
     biased, total = sum("bias" in leaves for leaves in convolutions), len(convolutions)
@@ -317,7 +369,7 @@ def why_no_norms(tensors: Mapping[str, ArrayRef]) -> str | None:
 
 def averaged(tensors: Mapping[str, ArrayRef]) -> str | None:
     """What the counter of torch's AveragedModel says, None where there is none or nothing was averaged yet."""
-    counter = tensors.get("n_averaged")
+    counter = tensors.get(AVERAGE_COUNTER)
     if counter is None or not is_counter(counter):
         return None
     vector = as_vector(counter)

@@ -18,7 +18,7 @@ KINDS_BY_NAME: tuple[tuple[str, NormKind], ...] = (
     (r"GroupNorm", NormKind.GROUP),
     (r"^EvoNorm", NormKind.EVO),
     (r"^FilterResponseNorm|^FRN", NormKind.FILTER_RESPONSE),
-    (r"^DynamicTanh$|^DyT$|^Derf$|^DynamicErf$", NormKind.DYNAMIC_TANH),
+    (r"^DynamicTanh$|^DyT$|^Derf$|^Dynamic_?[Ee]rf$", NormKind.DYNAMIC_TANH),
 )
 """Searched in order in the class's own name: torch, torchvision, timm, detectron2, apex, transformers, the papers."""
 

@@ -74,7 +74,7 @@ def read(source: Source) -> Checkpoint:
 
 def _header(source: Source, raw: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(raw, object_pairs_hook=_unique)
+        header = json.loads(raw, object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:
         raise _damaged(source, f"its header is not valid JSON ({error})") from None
     if not isinstance(header, dict):
@@ -82,7 +82,7 @@ def _header(source: Source, raw: bytes) -> dict[str, Any]:
     return header
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Readers disagree on which of two equal names counts, so there must be none."""
     result = dict(pairs)
     if len(result) != len(pairs):

@@ -7,6 +7,7 @@ state repeats the shapes of norm tensors under other names and is never entered.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -79,7 +80,7 @@ def find_models(value: object, reader: TensorReader) -> Contents:
                 f"{len(flat)} flat FSDP parameters ({flat[0]}): norm weights inside them are not separable; "
                 "save a full state_dict (StateDictType.FULL_STATE_DICT) to have them judged"
             )
-        contents.models.append(_with_key(model, key))
+        contents.models.append(with_key(model, key))
     if not any(model.layers for model in contents.models) and not contents.notes:
         why = why_no_norms({reference.name: reference.array for reference in contents.references})
         contents.notes += [f"no norm layers: {why}"] if why else []
@@ -97,7 +98,7 @@ def _read(item: _Found, budget: Budget) -> tuple[Model, tuple[Reference, ...]]:
     return read_names(item.tensors, key, budget), references
 
 
-def _with_key(model: Model, key: str | None) -> Model:
+def with_key(model: Model, key: str | None) -> Model:
     """Layer names as `key:path`, so that equal layers of several models stay apart."""
     if key is None:
         return replace(model, key=None)
@@ -195,6 +196,13 @@ def _places_in(keys: tuple[str, ...], values: Sequence[object]) -> Iterator[tupl
     for place, inner in enumerate(values):
         if isinstance(inner, (dict, Call)):
             yield (*keys, str(place)), inner
+
+
+def with_unnamed(named: Sequence[Reference], root: object, reader: TensorReader) -> tuple[Reference, ...]:
+    """The references, and one without a name for each tensor below `root` that stands in more places than they name."""
+    names = Counter(id(reference.array) for reference in named)
+    unnamed = [Reference("", array) for array, count in uses_of_tensors(root, reader) if count > names[id(array)]]
+    return (*named, *unnamed)
 
 
 def uses_of_tensors(root: object, reader: TensorReader) -> list[tuple[ArrayRef, int]]:

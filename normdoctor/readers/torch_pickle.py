@@ -12,18 +12,17 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from normdoctor.errors import InputError
-from normdoctor.layers import Checkpoint, Container, Reference
+from normdoctor.layers import Checkpoint, Container
 from normdoctor.readers import load_calls
 from normdoctor.readers.arrays import ITEM_SIZES, FileStorage, Source, Storage
 from normdoctor.readers.pickle_machine import Pickled, PickleMachine
-from normdoctor.readers.torch_contents import describe, find_models, uses_of_tensors
+from normdoctor.readers.torch_contents import describe, find_models, with_unnamed
 from normdoctor.readers.torch_tensors import StorageKey, TensorReader, storage_key
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -232,8 +231,14 @@ class DeflatedStorage:
 
 def read_zip(source: Source, records: ZipRecords) -> Checkpoint:
     """The checkpoint in a torch zip. records.root must not be None."""
+    pickled, reader = unpickle_zip(source, records)
+    return _checkpoint(source, Container.ZIP, [pickled], pickled, reader)
+
+
+def unpickle_zip(source: Source, records: ZipRecords, name: str = "data") -> tuple[Pickled, TensorReader]:
+    """What a pickle of a torch zip holds, and the reader of its tensors. records.root must not be None."""
     root = records.root or ""
-    pickled = PickleMachine(io.BytesIO(records.read(root + "data.pkl")), f"{source.path}: data.pkl").run()
+    pickled = PickleMachine(io.BytesIO(records.read(f"{root}{name}.pkl")), f"{source.path}: {name}.pkl").run()
     big_endian = False
     if root + "byteorder" in records.infos:
         big_endian = records.read(root + "byteorder").strip() == b"big"
@@ -241,10 +246,10 @@ def read_zip(source: Source, records: ZipRecords) -> Checkpoint:
 
     def storage_of(key: StorageKey) -> Storage:
         if key.key not in storages:
-            storages[key.key] = records.storage(f"{root}data/{key.key}")
+            storages[key.key] = records.storage(f"{root}{name}/{key.key}")
         return storages[key.key]
 
-    return _checkpoint(source, Container.ZIP, [pickled], pickled, TensorReader(storage_of, big_endian))
+    return pickled, TensorReader(storage_of, big_endian)
 
 
 # the older container
@@ -303,12 +308,6 @@ def _checkpoint(
 ) -> Checkpoint:
     contents = find_models(content.value, reader)
 
-    def list_references() -> tuple[Reference, ...]:
-        named = Counter(id(reference.array) for reference in contents.references)
-        used = uses_of_tensors(content.value, reader)
-        unnamed = [Reference("", array) for array, count in used if count > named[id(array)]]
-        return (*contents.references, *unnamed)
-
     words = {Container.ZIP: "zip", Container.LEGACY: "legacy container"}[container]
     return Checkpoint(
         path=str(source.path),
@@ -316,7 +315,7 @@ def _checkpoint(
         container=container,
         models=tuple(contents.models),
         notes=tuple(contents.notes),
-        list_references=list_references,
+        list_references=lambda: with_unnamed(contents.references, content.value, reader),
         load_calls=load_calls.judge(call for pickled in pickles for call in pickled.calls),
         bytes_total=source.size,
         count_bytes_read=lambda: source.bytes_read,
@@ -325,8 +324,6 @@ def _checkpoint(
 
 
 OTHER_ZIPS = (
-    ("models/model.json", "a torch.export package (.pt2)"),
-    ("serialized_exported_program.json", "a torch.export package (.pt2)"),
     (".npy", "a NumPy archive (.npz)"),
     ("model.weights.h5", "a Keras archive"),
     ("[Content_Types].xml", "an Office document"),
@@ -343,5 +340,5 @@ def explain_other_zip(path: Path, records: ZipRecords) -> InputError:
             break
     return InputError(
         f"{path}: {found} without a data.pkl: not a checkpoint that normdoctor reads",
-        "normdoctor reads torch.save files, safetensors and ONNX; export or save the model as one of them.",
+        "normdoctor reads files of torch.save, torch.jit.save and torch.export.save, safetensors and ONNX.",
     )

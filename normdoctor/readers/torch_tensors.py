@@ -111,7 +111,7 @@ class TensorReader:
         key = storage_key(args[0]) if len(args) >= 4 else None
         if key is None:
             return None
-        offset, shape, strides = args[1], _sizes(args[2]), _sizes(args[3])
+        offset, shape, strides = args[1], sizes_in(args[2]), sizes_in(args[3])
         if not _is_int64(offset) or shape is None or strides is None:
             raise InputError(f"a tensor in storage {key.key} has no sensible shape", "The file is damaged or hostile.")
         dtype = key.dtype if dtype is None else dtype
@@ -128,7 +128,8 @@ class TensorReader:
         return Tensor(array)
 
 
-def _sizes(record: object) -> tuple[int, ...] | None:
+def sizes_in(record: object) -> tuple[int, ...] | None:
+    """The numbers of a torch.Size, a tuple or a list; None for anything else."""
     if isinstance(record, Call):  # torch.Size(...)
         record = record.args[0] if record.args else None
     if not isinstance(record, (tuple, list)) or len(record) > 64 or not all(map(_is_int64, record)):

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from normdoctor.errors import InputError, RefusedError, UsageError
+from normdoctor.errors import RefusedError, UsageError
 from normdoctor.findings import repaired_path
 from normdoctor.inspection import check_momentum, matches, several
-from normdoctor.layers import Checkpoint, Container
+from normdoctor.layers import Checkpoint, Container, NormLayer
 from normdoctor.readers import open_checkpoint
 from normdoctor.recalibration.debias import Repair, Untouched, plan
 from normdoctor.writing import check_output
@@ -66,8 +66,6 @@ def recalibrate(
     momentum = check_momentum(momentum)
     target = None
     if isinstance(model, (str, Path)):
-        if Path(model).is_dir():
-            raise InputError(f"{model}: is a folder", "Name the checkpoint file inside it.")
         target = repaired_path(Path(model)) if output is None else Path(output)
         check_output(target, Path(model), overwrite)
     elif output is not None:
@@ -77,6 +75,7 @@ def recalibrate(
         wanted = [found for found in checkpoint.layers if not globs or matches(found, globs)]
         if globs and not wanted:
             raise UsageError(f"no layer matches {', '.join(globs)}", "normdoctor inspect --all lists them.")
+        _refuse_folder(checkpoint, wanted)
         _refuse_repetition(checkpoint)
         repairs, untouched = plan(wanted, momentum=momentum, updates=updates, keep_counters=keep_counters)
         _write(checkpoint, repairs, target)
@@ -97,6 +96,18 @@ def _unused(repairs: list[Repair], momentum: float | None, updates: int | None) 
         yield f"momentum {momentum:g} was not used: the file says {repairs[0].momentum:g}"
     if updates is not None and all(repair.updates != updates for repair in repairs):
         yield f"updates {updates:,} were not used: the file says {repairs[0].updates:,}"
+
+
+def _refuse_folder(checkpoint: Checkpoint, wanted: Iterable[NormLayer]) -> None:
+    if checkpoint.container is not Container.FOLDER:
+        return
+    files = sorted({checkpoint.files[layer.name] for layer in wanted if layer.name in checkpoint.files})
+    if files:
+        more = f" (and {len(files) - 1} more shards)" if len(files) > 1 else ""
+        way_out = f"Repair each shard by itself: normdoctor recalibrate {files[0]} --method debias{more}"
+    else:
+        way_out = f"First {checkpoint.as_one_file}"
+    raise RefusedError(f"{checkpoint.path}: a checkpoint in several files is not written as a whole", way_out)
 
 
 def _refuse_repetition(checkpoint: Checkpoint) -> None:

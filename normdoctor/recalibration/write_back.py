@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from normdoctor.errors import RefusedError
 from normdoctor.layers import ArrayRef, Checkpoint, Container, NormLayer, Reference
-from normdoctor.readers.arrays import FLOAT_TYPES, FileStorage, Source, StoredArray, decode, encode
+from normdoctor.readers.arrays import FLOAT_TYPES, FileStorage, Part, Source, StoredArray, decode, encode
 from normdoctor.readers.live_module import LiveArray
 from normdoctor.readers.torch_pickle import LOCAL_HEADER, DeflatedStorage, ZipRecords
 from normdoctor.recalibration.debias import Repair
@@ -161,6 +161,11 @@ def _patch(change: Change) -> _Patch:
     assert isinstance(array, StoredArray)
     storage = array.storage
     assert isinstance(storage, (FileStorage, DeflatedStorage))
+    if isinstance(storage, FileStorage) and isinstance(storage.source, Part):
+        raise RefusedError(
+            f"{change.layer.name}.{change.field} lies in an archive inside the file, which has checksums of its own",
+            "Load the model with the torch of today and save it again, then repair that file.",
+        )
     return _Patch(storage, array.offset * array.item_size, encode_checked(change))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import sys
 import types
@@ -142,7 +143,9 @@ class Contract:
         if checkpoint.container is Container.MEMORY:
             assert checkpoint.bytes_total is None
         else:
-            assert checkpoint.bytes_total == Path(checkpoint.path).stat().st_size
+            path = Path(checkpoint.path)
+            files = list(path.iterdir()) if path.is_dir() else [path]
+            assert checkpoint.bytes_total == sum(file.stat().st_size for file in files)
             assert 0 < checkpoint.count_bytes_read() < checkpoint.bytes_total / 10
 
 
@@ -191,6 +194,51 @@ class TestSafetensors(FromNames):
     def place(name: str) -> tuple[bool, str]:
         """safetensors sorts tensors by element size, largest first, then by name: int64 counters lead."""
         return (name not in ("a_after.1", "bn", "inorm"), name)
+
+
+class TestSharded(FromNames):
+    """Two safetensors shards and an index in the model's order, opened by their folder."""
+
+    container = Container.FOLDER
+
+    def write(self, net: nn.Module, folder: Path) -> Any:
+        folder, places = folder / "net", {}
+        folder.mkdir()
+        state = list(net.state_dict().items())
+        for name, items in (("model-1.safetensors", state[:9]), ("model-2.safetensors", state[9:])):
+            safetensors.torch.save_file(dict(items), folder / name)
+            places |= dict.fromkeys(dict(items), name)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        return folder
+
+
+class TestShardedTorch(FromNames):
+    """The index is sorted by name, but torch.save keeps the order."""
+
+    container = Container.FOLDER
+
+    def write(self, net: nn.Module, folder: Path) -> Any:
+        folder, places = folder / "net", {}
+        folder.mkdir()
+        state = list(net.state_dict().items())
+        for name, items in (("pytorch_model-1.bin", state[:9]), ("pytorch_model-2.bin", state[9:])):
+            torch.save(dict(items), folder / name)
+            places |= dict.fromkeys(dict(items), name)
+        text = json.dumps({"metadata": {}, "weight_map": places}, sort_keys=True)
+        (folder / "pytorch_model.bin.index.json").write_text(text)
+        return folder
+
+
+class TestDistributed(FromNames):
+    container = Container.FOLDER
+
+    def write(self, net: nn.Module, folder: Path) -> Any:
+        import torch.distributed.checkpoint as dcp
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # no process group: saved by one process, as is meant here
+            dcp.save(net.state_dict(), storage_writer=dcp.FileSystemWriter(folder / "net"))
+        return folder / "net"
 
 
 class Module(Contract):

@@ -222,3 +222,27 @@ def test_names_and_values_have_a_budget() -> None:
     layer = NormLayer(name="a", path="a", kind=BATCH, channels=1 << 26)
     with pytest.raises(InputError, match="values"):
         Budget().spend_values([layer])
+
+
+def test_names_that_are_not_torchs_are_kept_with_what_they_were_taken_for() -> None:
+    found = read_names(
+        tensors(of("a.bn", gamma=C, beta=C, moving_mean=C, moving_variance=C), prefix="module._orig_mod.")
+        | tensors(of("b.bn", **AFFINE, **STATISTICS))
+    )
+    first, second = found.layers
+    assert first.stored_names == {
+        "weight": "gamma",
+        "bias": "beta",
+        "running_mean": "moving_mean",
+        "running_var": "moving_variance",
+    }
+    assert (first.wrappers, first.path) == (("module", "_orig_mod"), "a.bn")
+    assert (second.stored_names, second.wrappers) == ({}, ())
+
+
+@pytest.mark.parametrize("name", ["shift", "s"])
+def test_the_shift_of_a_derf_is_a_field_of_its_own(name: str) -> None:
+    stored = tensors(of("norm1", alpha=1, **{name: 1}, **AFFINE) | of("norm2", alpha=1, **AFFINE))
+    derf, tanh = read_names(stored).layers
+    assert derf.inner_shift is stored[f"norm1.{name}"]
+    assert tanh.inner_shift is None
