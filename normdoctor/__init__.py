@@ -20,10 +20,11 @@ if TYPE_CHECKING:
         RefusedError,
         UsageError,
     )
-    from normdoctor.findings import Finding, Report, Rule, Severity, Skip
-    from normdoctor.inspection import inspect
+    from normdoctor.findings import Failure, Finding, LayerIgnore, Report, Rule, Severity, Skip, Survey
+    from normdoctor.inspection import inspect, survey
     from normdoctor.layers import ArrayRef, Checkpoint, Model, NormKind, NormLayer
     from normdoctor.readers import open_checkpoint
+    from normdoctor.readers.folders import find_checkpoints
     from normdoctor.recalibration import Recalibration, recalibrate
     from normdoctor.rules import RULES
 
@@ -35,18 +36,23 @@ _HOMES = {
     "NormDoctorError": "errors",
     "RefusedError": "errors",
     "UsageError": "errors",
+    "Failure": "findings",
     "Finding": "findings",
+    "LayerIgnore": "findings",
     "Report": "findings",
     "Rule": "findings",
     "Severity": "findings",
     "Skip": "findings",
+    "Survey": "findings",
     "inspect": "inspection",
+    "survey": "inspection",
     "ArrayRef": "layers",
     "Checkpoint": "layers",
     "Model": "layers",
     "NormKind": "layers",
     "NormLayer": "layers",
     "open_checkpoint": "readers",
+    "find_checkpoints": "readers.folders",
     "Recalibration": "recalibration",
     "recalibrate": "recalibration",
     "RULES": "rules",
@@ -56,8 +62,10 @@ __all__ = [
     "RULES",
     "ArrayRef",
     "Checkpoint",
+    "Failure",
     "Finding",
     "InputError",
+    "LayerIgnore",
     "MissingDependencyError",
     "Model",
     "NormDoctorError",
@@ -69,11 +77,14 @@ __all__ = [
     "Rule",
     "Severity",
     "Skip",
+    "Survey",
     "UsageError",
     "__version__",
+    "find_checkpoints",
     "inspect",
     "open_checkpoint",
     "recalibrate",
+    "survey",
 ]
 
 

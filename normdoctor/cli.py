@@ -10,16 +10,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from normdoctor import __version__
-from normdoctor.errors import NormDoctorError, UsageError
+from normdoctor.errors import NormDoctorError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from normdoctor.findings import Failure, Report, Survey
+    from normdoctor.configuration import Configuration
+    from normdoctor.findings import Failure, Survey
 
 # What each command needs is imported inside it: --help and errors must not pay for numpy or rich tables.
 
@@ -33,9 +35,20 @@ app = typer.Typer(
 )
 
 
+WIDEST_METAVAR = 24
+"""Where the help would break words at 80 columns."""
+
+JUDGED, OUTPUT, GATE = "What is judged", "The report", "In CI"
+"""The parts of the help of `inspect`."""
+
+
 class InspectFormat(StrEnum):
     CONSOLE = "console"
     JSON = "json"
+    SARIF = "sarif"
+    MARKDOWN = "markdown"
+    GITHUB = "github"
+    CSV = "csv"
 
 
 class ListFormat(StrEnum):
@@ -61,6 +74,23 @@ class Method(StrEnum):
     DEBIAS = "debias"
 
 
+def choice(name: str, words: type[StrEnum], help: str, panel: str | None = None) -> Any:
+    """The option `name`, which takes one of `words` and guesses what was meant by any other."""
+
+    def parse(given: str) -> StrEnum:
+        try:
+            return words(given)
+        except ValueError:
+            known = ", ".join(words)
+            hint = did_you_mean(given, words).strip()
+            raise UsageError(f"{name}: {given!r} is not one of {known}", hint) from None
+
+    metavar = "|".join(words)
+    if len(metavar) > WIDEST_METAVAR:
+        metavar, help = "NAME", f"{help} One of: {', '.join(words)}."
+    return typer.Option(name, parser=parse, metavar=metavar, help=help, rich_help_panel=panel)
+
+
 def main() -> None:
     """The console script."""
     try:
@@ -72,11 +102,16 @@ def main() -> None:
 
 def complain(error: NormDoctorError | Failure) -> None:
     """The error and its hint, on stderr."""
+    note(error.message, error.hint)
+
+
+def note(message: str, hint: str = "") -> None:
+    """A line on stderr, and what to do about it."""
     from normdoctor.reports.text import printable
 
-    line = f"normdoctor: {printable(error.message)}"
+    line = f"normdoctor: {printable(message)}"
     with suppress(OSError):  # nobody reads stderr; the exit code still tells
-        print(line + (f"\n  hint: {printable(error.hint)}" if error.hint else ""), file=sys.stderr, flush=True)
+        print(line + (f"\n  hint: {printable(hint)}" if hint else ""), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -109,89 +144,145 @@ def _common(
 @app.command()
 def inspect(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Model files; the content decides the format.")
-    ],
-    output_format: Annotated[
-        InspectFormat, typer.Option("--format", help="How to write the report.")
-    ] = InspectFormat.CONSOLE,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the report here instead of stdout.")
+        list[str] | None,
+        typer.Argument(metavar="FILE...", help="Model files, folders and globs; the content decides the format."),
     ] = None,
     select: Annotated[
-        str, typer.Option(metavar="CODES", help="Only these rules: S,A2,S104 (beginnings of codes).")
-    ] = "",
-    ignore: Annotated[str, typer.Option(metavar="CODES", help="Not these rules.")] = "",
-    layer: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Only layers of this name; repeatable.")
+        str | None,
+        typer.Option(
+            metavar="CODES", help="Only these rules: S,A2,S104 (beginnings of codes).", rich_help_panel=JUDGED
+        ),
     ] = None,
-    fail_on: Annotated[FailOn, typer.Option(help="Exit with 1 from this severity upward.")] = FailOn.ERROR,
-    eps: Annotated[float | None, typer.Option(help="eps where the file does not say it.")] = None,
-    momentum: Annotated[float | None, typer.Option(help="momentum where the file does not say it.")] = None,
+    ignore: Annotated[
+        str | None, typer.Option(metavar="CODES", help="Not these rules.", rich_help_panel=JUDGED)
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Only layers of this name; repeatable.", rich_help_panel=JUDGED),
+    ] = None,
+    eps: Annotated[
+        float | None,
+        typer.Option(metavar="EPS", help="eps where the file does not say it.", rich_help_panel=JUDGED),
+    ] = None,
+    momentum: Annotated[
+        float | None,
+        typer.Option(metavar="M", help="momentum where the file does not say it.", rich_help_panel=JUDGED),
+    ] = None,
     no_assume: Annotated[
-        bool, typer.Option("--no-assume", help="Skip rather than assume torch's default eps and momentum.")
+        bool,
+        typer.Option(
+            "--no-assume", help="Skip rather than assume torch's default eps and momentum.", rich_help_panel=JUDGED
+        ),
     ] = False,
     target: Annotated[
-        TargetPrecision | None, typer.Option(help="Judge the numbers for this precision as well.")
+        TargetPrecision | None,
+        choice("--target", TargetPrecision, "Judge the numbers for this precision as well.", JUDGED),
     ] = None,
     threshold: Annotated[
         list[str] | None,
-        typer.Option(metavar="CODE.NAME=VALUE", help="Set a rule's threshold, as S104.error=0.2; repeatable."),
+        typer.Option(
+            metavar="CODE.NAME=X", help="Set a rule's threshold, as S104.error=0.2; repeatable.", rich_help_panel=JUDGED
+        ),
     ] = None,
-    every_layer: Annotated[bool, typer.Option("--all", help="Show every layer in the table.")] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="List skips, tied layers and tensors not taken for norms.")
+    output_format: Annotated[
+        InspectFormat, choice("--format", InspectFormat, "How to write the report.", OUTPUT)
+    ] = InspectFormat.CONSOLE,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write the report here, not to stdout.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    every_layer: Annotated[
+        bool, typer.Option("--all", help="Show every layer in the table.", rich_help_panel=OUTPUT)
     ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", "-v", help="List skips, tied layers and tensors not taken for norms.", rich_help_panel=OUTPUT
+        ),
+    ] = False,
+    statistics: Annotated[
+        bool, typer.Option("--statistics", help="Only how often each rule fired.", rich_help_panel=OUTPUT)
+    ] = False,
+    fail_on: Annotated[
+        FailOn | None, choice("--fail-on", FailOn, "Exit with 1 from this severity upward (error).", GATE)
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Findings listed here are known and do not count.", rich_help_panel=GATE),
+    ] = None,
+    write_baseline: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what is found as a baseline, and exit with 0.", rich_help_panel=GATE),
+    ] = None,
+    settings: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Settings; else the nearest normdoctor.toml or pyproject.toml.", rich_help_panel=GATE
+        ),
+    ] = None,
+    no_settings: Annotated[
+        bool, typer.Option("--no-settings", help="Read no settings file.", rich_help_panel=GATE)
+    ] = False,
+    show_settings: Annotated[
+        bool,
+        typer.Option("--show-settings", help="Show the settings that hold and their origin.", rich_help_panel=GATE),
+    ] = False,
+    jobs: Annotated[
+        int,
+        typer.Option("--jobs", "-j", metavar="N", help="Examine N files at once; 0: all cores.", rich_help_panel=GATE),
+    ] = 1,
 ) -> None:
     """Judge every norm layer of model files. Nothing in a file is executed; torch is not imported."""
-    from normdoctor import inspection
-    from normdoctor.findings import Failure, Survey
+    from normdoctor import configuration
 
-    limits = parse_thresholds(threshold or [])
-    selected, ignored = split_codes(select), split_codes(ignore)
-    inspection.choose_rules(selected, ignored)  # a misspelt option stops before any file is read
-    inspection.checked_limits(limits)
-    if output == Path("-"):
-        output = None
+    if settings is not None and no_settings:
+        raise UsageError("--settings and --no-settings exclude each other")
+    found = settings or (None if no_settings else configuration.find(Path.cwd()))
+    config = (configuration.read(found) if found else configuration.Configuration()).with_options(
+        select=("--select", None if select is None else split_codes(select)),
+        ignore=("--ignore", None if ignore is None else split_codes(ignore)),
+        fail_on=("--fail-on", fail_on and fail_on.value),
+        eps=("--eps", eps),
+        momentum=("--momentum", momentum),
+        assume=("--no-assume", False if no_assume else None),
+        target=("--target", target and target.value),
+        thresholds=("--threshold", parse_thresholds(threshold) if threshold else None),
+        baseline=("--baseline", baseline),
+    )
+    if show_settings:
+        with stdout() as stream:
+            stream.write(config.as_toml())
+        return
+    if not files:
+        raise UsageError("name at least one model file", "normdoctor inspect model.pt")
+    if statistics and output_format not in (InspectFormat.CONSOLE, InspectFormat.JSON):
+        raise UsageError(f"--statistics is not for {output_format}", "Use console, or json (summary.rules).")
+    output = None if output == Path("-") else output
     if output is not None:
         from normdoctor.writing import check_text_output
 
-        check_text_output(output, files)
-    reports: list[Report] = []
-    failures: list[Failure] = []
-    for path in files:
-        try:
-            reports.append(
-                inspection.inspect(
-                    path,
-                    select=selected,
-                    ignore=ignored,
-                    layer=layer or (),
-                    eps=eps,
-                    momentum=momentum,
-                    assume=not no_assume,
-                    target=target.value if target else None,
-                    limits=limits,
-                )
+        check_text_output(output, map(Path, files))
+    survey = examined(files, config, layer or [], jobs, write_baseline)
+    if write_baseline is not None:
+        accept(survey, write_baseline)
+    elif survey.reports or output_format is not InspectFormat.CONSOLE:
+        from normdoctor import reports
+
+        with written(output) as stream:
+            reports.write(
+                survey, output_format, stream, every_layer=every_layer, verbose=verbose, statistics=statistics
             )
-        except UsageError:
-            raise
-        except NormDoctorError as error:
-            failures.append(Failure(path=str(path), message=error.message, hint=error.hint))
-    if layer and reports and not any(report.layers for report in reports) and any(r.layers_in_file for r in reports):
-        raise UsageError(
-            f"no layer matches {', '.join(layer)}",
-            "normdoctor inspect --all lists the layers; quote a glob: 'layer4.*'",
-        )
-    survey = Survey(reports=tuple(reports), failures=tuple(failures))
-    if reports or output_format is InspectFormat.JSON:
-        write_survey(survey, output_format, output, every_layer, verbose)
-    for failure in failures:
+    if survey.passed_over:
+        note(f"{survey.passed_over:,} other files in the folders searched hold no model and were passed over")
+    for failure in survey.failures:
         complain(failure)
-    raise typer.Exit(2 if failures else exit_code(survey, fail_on))
+    raise typer.Exit(exit_code(survey, "never" if write_baseline else config.fail_on))
 
 
-def split_codes(codes: str) -> list[str]:
-    return [code for code in codes.split(",") if code.strip()]
+def split_codes(codes: str) -> tuple[str, ...]:
+    return tuple(code for code in codes.split(",") if code.strip())
 
 
 def parse_thresholds(items: list[str]) -> dict[str, dict[str, float]]:
@@ -203,7 +294,7 @@ def parse_thresholds(items: list[str]) -> dict[str, dict[str, float]]:
         try:
             if not name.strip():
                 raise ValueError
-            limits.setdefault(code.strip(), {})[name.strip()] = float(value)
+            limits.setdefault(code.strip().upper(), {})[name.strip()] = float(value)
         except ValueError:
             raise UsageError(
                 f"--threshold {item!r} is not CODE.NAME=VALUE", "Example: --threshold S104.error=0.2"
@@ -211,48 +302,80 @@ def parse_thresholds(items: list[str]) -> dict[str, dict[str, float]]:
     return limits
 
 
-def write_survey(
-    survey: Survey, output_format: InspectFormat, output: Path | None, every_layer: bool, verbose: bool
-) -> None:
-    import io
+def examined(
+    files: list[str], config: Configuration, layer: list[str], jobs: int, write_baseline: Path | None
+) -> Survey:
+    """All files judged as the settings say, against the baseline if there is one."""
+    from normdoctor import baseline, inspection
 
-    if output_format is InspectFormat.CONSOLE and output is None:
-        from normdoctor.reports import console
+    accepted = baseline.read(config.baseline) if config.baseline and not write_baseline else None
+    survey = inspection.survey(
+        files,
+        jobs=jobs,
+        select=config.select,
+        ignore=config.ignore,
+        layer=layer,
+        per_layer_ignores=config.per_layer_ignores,
+        eps=config.eps,
+        momentum=config.momentum,
+        assume=config.assume,
+        target=config.target,
+        limits=config.thresholds,
+    )
+    for sentence in inspection.layers_not_found(config.per_layer_ignores, survey) if not layer else ():
+        note(sentence)
+    if accepted is None:
+        return survey
+    chosen = {rule.code for rule in inspection.choose_rules(config.select, config.ignore)}
+    return baseline.compare(
+        survey,
+        accepted,
+        lambda code, name: code in chosen and (not layer or any(fnmatchcase(name, glob) for glob in layer)),
+    )
 
-        with stdout() as stream:
-            console.render(survey, stream, every_layer=every_layer, verbose=verbose)
+
+def accept(survey: Survey, path: Path) -> None:
+    """Write the baseline, unless a file is missing from it."""
+    from normdoctor import baseline
+
+    if survey.failures:
+        note(f"{path}: not written, since not every file could be examined")
         return
-    if output_format is InspectFormat.JSON:
-        from normdoctor.reports import json
+    count = baseline.write(survey, path)
+    with stdout() as stream:
+        stream.write(f"wrote {path}: {count} findings\nnext: normdoctor inspect ... --baseline {path}\n")
 
-        text = json.render(survey)
-    else:
-        from normdoctor.reports import console
 
-        buffer = io.StringIO()
-        console.render(survey, buffer, every_layer=every_layer, verbose=verbose)
-        text = buffer.getvalue()
+@contextmanager
+def written(output: Path | None) -> Iterator[TextIO]:
+    """A stream whose content becomes the file `output` when it is whole; stdout where there is none."""
     if output is None:
         with stdout() as stream:
-            stream.write(text)
+            yield stream
         return
+    import io
+
     from normdoctor.writing import replacing
 
+    buffer = io.StringIO()
+    yield buffer
     with replacing(output) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(buffer.getvalue(), encoding="utf-8", newline="")  # CSV has line ends of its own
 
 
-def exit_code(survey: Survey, fail_on: FailOn) -> int:
+def exit_code(survey: Survey, fail_on: str) -> int:
     from normdoctor.findings import Severity
 
-    if fail_on is FailOn.NEVER or survey.worst is None:
+    if survey.failures:
+        return 2
+    if fail_on == "never" or survey.worst is None:
         return 0
-    return int(survey.worst >= Severity[fail_on.name])
+    return int(survey.worst >= Severity[fail_on.upper()])
 
 
 @app.command()
 def rules(
-    output_format: Annotated[ListFormat, typer.Option("--format", help="How to write the list.")] = ListFormat.CONSOLE,
+    output_format: Annotated[ListFormat, choice("--format", ListFormat, "How to write the list.")] = ListFormat.CONSOLE,
 ) -> None:
     """List every rule: code, name, severity and what it says."""
     from normdoctor.reports import rule_book
@@ -282,7 +405,9 @@ def explain(
 @app.command()
 def recalibrate(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint whose running statistics are off.")],
-    method: Annotated[Method, typer.Option(help="debias: take the initial 0 and 1 out of the buffers; needs no data.")],
+    method: Annotated[
+        Method, choice("--method", Method, "debias: take the initial 0 and 1 out of the buffers; needs no data.")
+    ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The repaired file; FILE.recalibrated.EXT by default.")
     ] = None,

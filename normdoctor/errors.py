@@ -5,6 +5,8 @@ Anything that is raised and is not a `NormDoctorError` is a defect of normdoctor
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class NormDoctorError(Exception):
     """Something could not be done; `message` says what, `hint` says what to do about it."""
@@ -29,3 +31,16 @@ class UsageError(NormDoctorError):
 
 class MissingDependencyError(NormDoctorError):
     """A package that this one job needs is not installed."""
+
+
+def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:
+    """The beginning of a hint: what the user may have meant by `word`, empty where nothing is near.
+
+    >>> did_you_mean("fial-on", ["fail-on", "select"])
+    'Did you mean fail-on? '
+    """
+    import difflib  # only ever needed on the way out
+
+    spellings = {spelling.lower(): spelling for spelling in known}
+    near = difflib.get_close_matches(word.lower(), spellings, n=count, cutoff=0.5)
+    return f"Did you mean {', '.join(spellings[match] for match in near)}? " if near else ""

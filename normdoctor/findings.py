@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from normdoctor.layers import Model, NearMiss, NormKind, NormLayer
 
@@ -48,17 +48,31 @@ class Evidence(Enum):
 
 
 Precision = Literal["fp16", "bf16", "int8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
-DEBIAS_COMMAND = "normdoctor recalibrate {path} --method debias{momentum} -o {fixed}"
+RECALIBRATE = "normdoctor recalibrate {path}"
+DEBIAS_COMMAND = RECALIBRATE + " --method debias{momentum} -o {fixed}"
 """The repair that needs no data, as a fix names it."""
 
 
 def repaired_path(source: Path) -> Path:
     """Where a repaired copy goes unless the user says otherwise: model.pt → model.recalibrated.pt"""
-    return source.with_name(f"{source.stem}.recalibrated{source.suffix}")
+    return source.parent / f"{source.stem}.recalibrated{source.suffix}"  # with_name would refuse "."
 
 
-HYPER_FIELDS = frozenset({"eps", "momentum", "training", "affine", "track_running_stats", "num_batches_tracked"})
+HYPER_FIELDS = frozenset(
+    {
+        "eps",
+        "momentum",
+        "training",
+        "affine",
+        "track_running_stats",
+        "num_batches_tracked",
+        "requires_grad",
+        "origin",
+        "groups",
+    }
+)
 ASSUMABLE_FIELDS = frozenset({"eps", "momentum"})
 
 
@@ -228,6 +242,16 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerIgnore:
+    """Rules that say nothing about some layers, by the user's wish."""
+
+    glob: str
+    codes: tuple[str, ...]
+    """Rule codes or their beginnings."""
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Skip:
     """A rule that could not be applied, and what was missing. layer None: to no layer of the file."""
 
@@ -248,7 +272,8 @@ class Report:
     format: str
     layers: tuple[NormLayer, ...] = field(repr=False)
     """Those that were wanted (--layer)."""
-    layers_in_file: int
+    layer_names: tuple[str, ...] = field(repr=False)
+    """Those of all layers in the file, wanted or not."""
     findings: tuple[Finding, ...]
     """Worst first."""
     skips: tuple[Skip, ...]
@@ -285,6 +310,8 @@ class Survey:
 
     reports: tuple[Report, ...]
     failures: tuple[Failure, ...] = ()
+    passed_over: int = 0
+    """Files in the folders searched that hold no model."""
     fixed: tuple[str, ...] = ()
     """Fingerprints in the baseline that no finding has any more."""
 

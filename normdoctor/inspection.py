@@ -1,14 +1,16 @@
-"""`inspect`: open a checkpoint, apply the rules the caller wants, give the report."""
+"""`inspect`: open a checkpoint, apply the rules the caller wants, give the report. `survey`: many of them."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
-from normdoctor.errors import UsageError
-from normdoctor.findings import Precision, Report, Rule
+from normdoctor.errors import NormDoctorError, UsageError, did_you_mean
+from normdoctor.findings import PRECISIONS, Failure, Finding, LayerIgnore, Precision, Report, Rule, Survey
 from normdoctor.layers import NormLayer
 from normdoctor.readers import open_checkpoint
 from normdoctor.rules import RULES
@@ -21,6 +23,7 @@ def inspect(
     select: str | Iterable[str] = (),
     ignore: str | Iterable[str] = (),
     layer: str | Iterable[str] = (),
+    per_layer_ignores: Iterable[LayerIgnore] = (),
     eps: float | None = None,
     momentum: float | None = None,
     assume: bool = True,
@@ -33,6 +36,7 @@ def inspect(
 
     select, ignore: rule codes or their beginnings ("S", "A2", "S104"); everything is selected by default.
     layer: globs on layer names; only findings about matching layers are kept.
+    per_layer_ignores: rules that are not to be heard about some layers; the report notes what was left out.
     eps, momentum: stand in where the file does not say. assume=False: rather skip than assume torch's defaults.
     target: judge the numbers for fp16, bf16 or int8 as well.
     limits: thresholds by rule code and name, {"S104": {"error": 0.2}}.
@@ -43,12 +47,139 @@ def inspect(
         eps=check_eps(eps),
         momentum=check_momentum(momentum),
         assume=assume,
-        precision=target,
+        precision=None if target is None else check_precision(target),
         limits=checked_limits(limits or {}),
     )
+    ignores = [replace(one, codes=tuple(map(known_code, one.codes))) for one in per_layer_ignores]
     globs = several(layer)
     with open_checkpoint(model) as checkpoint:
-        return examine(checkpoint, rules, settings, lambda found: not globs or matches(found, globs))
+        report = examine(checkpoint, rules, settings, lambda found: not globs or matches(found, globs))
+    return _without_ignored(report, ignores) if ignores else report
+
+
+def survey(paths: str | Path | Iterable[str | Path], *, jobs: int = 1, **options: Any) -> Survey:
+    """`inspect` for any number of files, folders and globs, each file with a report or a failure of its own.
+
+    jobs: how many processes share the work; 0 for one for each core. options: those of `inspect`.
+
+    Raises UsageError for a wrong option, before any file is read, and for a layer glob that matches nothing."""
+    from normdoctor.readers.folders import find_checkpoints
+
+    _check_options(options)
+    targets: list[Path] = []
+    failures: list[Failure] = []
+    passed_over = 0
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        try:
+            found = find_checkpoints([path])
+            targets += found.targets
+            passed_over += found.passed_over
+        except NormDoctorError as error:
+            failures.append(Failure(path=str(path), message=error.message, hint=error.hint))
+    reports = []
+    for outcome in _outcomes(list(dict.fromkeys(targets)), options, jobs):
+        if isinstance(outcome, Report):
+            reports.append(outcome)
+        else:
+            failures.append(outcome)
+    result = Survey(reports=tuple(reports), failures=tuple(failures), passed_over=passed_over)
+    _check_globs(several(options.get("layer", ())), result)
+    return result
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    choose_rules(several(options.get("select", ())), several(options.get("ignore", ())))
+    checked_limits(options.get("limits") or {})
+    check_eps(options.get("eps"))
+    check_momentum(options.get("momentum"))
+
+
+def _outcomes(targets: Sequence[Path], options: Mapping[str, Any], jobs: int) -> Iterator[Report | Failure]:
+    import os
+
+    if jobs < 0:
+        raise UsageError(f"jobs must be at least 1, not {jobs}", "0 takes as many as there are cores.")
+    jobs = min(jobs or os.cpu_count() or 1, len(targets))
+    if jobs <= 1:
+        for target in targets:
+            yield _inspect_one(target, options)
+        return
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    from itertools import repeat
+
+    with ProcessPoolExecutor(jobs) as pool:
+        try:
+            yield from pool.map(_inspect_detached, targets, repeat(options))
+        except BrokenProcessPool:
+            raise NormDoctorError("a process of --jobs died, probably for want of memory", "Try --jobs 1.") from None
+
+
+def _inspect_one(target: Path, options: Mapping[str, Any]) -> Report | Failure:
+    try:
+        return inspect(target, **options)
+    except UsageError:
+        raise
+    except NormDoctorError as error:
+        return Failure(path=str(target), message=error.message, hint=error.hint)
+
+
+def _inspect_detached(target: Path, options: Mapping[str, Any]) -> Report | Failure:
+    outcome = _inspect_one(target, options)
+    if isinstance(outcome, Report):
+        return replace(outcome, layers=tuple(layer.detached() for layer in outcome.layers))
+    return outcome
+
+
+def _check_globs(globs: Sequence[str], found: Survey) -> None:
+    """Raise UsageError for a glob that matches no layer of any file, since it is probably misspelt."""
+    every = {name for report in found.reports for name in report.layer_names}
+    for glob in globs if every else ():
+        if not any(matches(layer, [glob]) for report in found.reports for layer in report.layers):
+            raise UsageError(f"no layer matches {glob!r}", near_layers(glob, every))
+
+
+def near_layers(glob: str, known: Iterable[str]) -> str:
+    """A hint for a glob that matches none of the `known` layer names: those, or parts of the model, like it."""
+    spellings = dict.fromkeys(known)
+    for name in list(spellings):
+        while name := name.rpartition(".")[0]:
+            spellings[f"{name}.*"] = None
+    return f"{did_you_mean(glob, spellings)}normdoctor inspect --all lists the layers."
+
+
+def _without_ignored(report: Report, ignores: Sequence[LayerIgnore]) -> Report:
+    """The report without the findings that the user does not want to hear, and with a note on each."""
+    layers = {layer.name: layer for layer in report.layers}
+    left_out: Counter[LayerIgnore] = Counter()
+    kept = []
+    for finding in report.findings:
+        one = next((one for one in ignores if _is_ignored(finding, layers, one)), None)
+        if one is None:
+            kept.append(finding)
+        else:
+            left_out[one] += 1
+    notes = []
+    for one, count in left_out.items():
+        noun = "finding" if count == 1 else "findings"
+        why = f": {one.reason}" if one.reason else ""
+        notes.append(f"{count} {noun} of {', '.join(one.codes)} on {one.glob} left out by the settings{why}")
+    return replace(report, findings=tuple(kept), notes=(*report.notes, *notes))
+
+
+def _is_ignored(finding: Finding, layers: Mapping[str, NormLayer], one: LayerIgnore) -> bool:
+    if finding.layer is None or not finding.code.startswith(one.codes):
+        return False
+    return finding.layer in layers and matches(layers[finding.layer], [one.glob])
+
+
+def layers_not_found(ignores: Iterable[LayerIgnore], found: Survey) -> Iterator[str]:
+    """A sentence for each per-layer ignore whose glob matches no layer of any file."""
+    every = [layer for report in found.reports for layer in report.layers]
+    for one in ignores if every else ():
+        if not any(matches(layer, [one.glob]) for layer in every):
+            hint = did_you_mean(one.glob, [layer.name for layer in every]).strip()
+            yield f"per-layer-ignores: {one.glob!r} matches no layer. {hint}".strip()
 
 
 def several(words: str | Iterable[str]) -> tuple[str, ...]:
@@ -64,7 +195,7 @@ def matches(layer: NormLayer, globs: Sequence[str]) -> bool:
 
 def choose_rules(select: Iterable[str], ignore: Iterable[str]) -> list[Rule]:
     """The rules whose code begins with one of `select` (all by default) and with none of `ignore`."""
-    select, ignore = tuple(map(_known_code, select)), tuple(map(_known_code, ignore))
+    select, ignore = tuple(map(known_code, select)), tuple(map(known_code, ignore))
     return [
         rule
         for rule in RULES
@@ -80,7 +211,8 @@ def find_rule(code: str) -> Rule:
     raise _unknown(code)
 
 
-def _known_code(code: str) -> str:
+def known_code(code: str) -> str:
+    """The code, or beginning of codes, in capitals. Raises UsageError where no rule has it."""
     code = code.strip().upper()
     if not code or not any(rule.code.startswith(code) for rule in RULES):
         raise _unknown(code)
@@ -89,9 +221,7 @@ def _known_code(code: str) -> str:
 
 def _unknown(code: str) -> UsageError:
     known = [rule.code for rule in RULES] + [rule.name for rule in RULES]
-    near = difflib.get_close_matches(code, known, n=3, cutoff=0.5)
-    hint = f"Did you mean {', '.join(near)}? " if near else ""
-    return UsageError(f"no rule {code!r}", hint + "All rules: normdoctor rules")
+    return UsageError(f"no rule {code!r}", f"{did_you_mean(code, known)}All rules: normdoctor rules")
 
 
 def checked_limits(limits: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
@@ -101,8 +231,8 @@ def checked_limits(limits: Mapping[str, Mapping[str, float]]) -> dict[str, dict[
         rule = find_rule(code)
         for name in values:
             if name not in rule.limits:
-                known = ", ".join(rule.limits) or "none"
-                raise UsageError(f"rule {rule.code} has no threshold {name!r}", f"Its thresholds: {known}.")
+                hint = f"{did_you_mean(name, rule.limits)}Its thresholds: {', '.join(rule.limits) or 'none'}."
+                raise UsageError(f"rule {rule.code} has no threshold {name!r}", hint)
         checked[rule.code] = {name: float(value) for name, value in values.items()}
     return checked
 
@@ -119,3 +249,11 @@ def check_momentum(momentum: float | None) -> float | None:
     if momentum is not None and not 0 <= momentum <= 1:
         raise UsageError(f"momentum must lie between 0 and 1, not {momentum:g}", "0.1 is torch's default.")
     return None if momentum is None else float(momentum)
+
+
+def check_precision(target: str) -> Precision:
+    """`target` as it is. Raises UsageError where it names no precision that is judged."""
+    if target not in PRECISIONS:
+        hint = f"{did_you_mean(str(target), PRECISIONS)}One of: {', '.join(PRECISIONS)}."
+        raise UsageError(f"no precision {target!r}", hint)
+    return target

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -15,7 +17,10 @@ import pytest
 
 from normdoctor.layers import NormKind, NormLayer
 
-TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "alpha")
+ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT / "fixtures"
+
+TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "alpha", "inner_shift")
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,3 +109,22 @@ def nets() -> ModuleType:
         sys.modules["nets"] = module
         spec.loader.exec_module(module)
     return sys.modules["nets"]
+
+
+@pytest.fixture
+def run() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command line in a process of its own, by default in the folder of the fixtures."""
+
+    def run(*arguments: object, cwd: Path = FIXTURES, **environment: str) -> subprocess.CompletedProcess[str]:
+        clean = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+        return subprocess.run(
+            [sys.executable, "-m", "normdoctor", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            cwd=cwd,
+            env=clean | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"} | environment,
+            timeout=120,
+        )
+
+    return run

@@ -20,6 +20,7 @@ FLOORS = [
     {"findings"},
     {"readers", "rules", "writing"},
     {"inspection"},
+    {"baseline", "configuration"},
     {"recalibration"},
     {"reports"},
     {"cli"},
