@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import sys
 
-# Python puts a script's own folder first on sys.path, and there `inspect.py` would stand in for the module of
-# the standard library that dataclasses and torch import. The nets are beside this folder, not installed.
-sys.path.pop(0)
+# The nets are beside this folder, not installed.
 sys.path.extend(__file__.rpartition("benchmarks")[0] + folder for folder in ("fixtures", ""))
 
 import argparse

@@ -93,6 +93,25 @@ def below_eps(norm: Norm, rng: np.random.Generator) -> Sequence[int]:
     return channels
 
 
+def placeholders(norm: Norm, rng: np.random.Generator) -> Sequence[int]:
+    norm.running_mean.fill_(0.25)
+    norm.running_var.fill_(0.5)
+    return range(norm.num_features)
+
+
+def mean_reset(norm: Norm, rng: np.random.Generator) -> Sequence[int]:
+    norm.running_mean.zero_()
+    return range(norm.num_features)
+
+
+def averaged_counter(norm: Norm, rng: np.random.Generator) -> None:
+    norm.num_batches_tracked = norm.num_batches_tracked * 1.5 + 0.25
+
+
+def without_gradient(norm: Norm, rng: np.random.Generator) -> None:
+    norm.requires_grad_(False)
+
+
 def far_mean(norm: Norm, rng: np.random.Generator) -> Sequence[int]:
     channels = some(norm, rng)
     norm.running_mean[channels] = 1000 * norm.running_var[channels].sqrt()
@@ -185,9 +204,20 @@ FAULTS = (
     ),
     Fault("dead channels", "S105", WARNING, dead),
     Fault("variance below eps", "S106", WARNING, below_eps),
+    Fault("placeholders", "S107", WARNING, placeholders),
+    Fault("mean reset", "S107", WARNING, mean_reset),
     Fault("far mean", "S108", WARNING, far_mean),
     Fault("counter behind", "S110", WARNING, fewer_updates, formats=(*STATES, *MODULES)),
     Fault("counter lost", "S111", INFO, no_counter, formats=(*STATES, *MODULES)),
+    Fault(
+        "averaged counter",
+        "S112",
+        WARNING,
+        averaged_counter,
+        formats=(*STATES, *MODULES),
+        every_layer=True,
+        of_the_file=True,
+    ),
     Fault("16-bit average", "S113", WARNING, half_and_back),
     Fault("contradiction", "S115", INFO, too_small_for_its_start, formats=MODULES),
     Fault("no buffers", "S116", WARNING, lose("running_mean", "running_var", "num_batches_tracked"), formats=STATES),
@@ -205,7 +235,17 @@ FAULTS = (
     Fault("exported in training", "C301", ERROR, set_attribute("training", True), formats=("onnx",)),
     Fault("momentum 0", "C302", INFO, set_attribute("momentum", 0.0), formats=(*MODULES, "onnx")),
     Fault("Keras momentum", "C303", WARNING, set_attribute("momentum", 0.99), formats=(*MODULES, "onnx")),
+    Fault(
+        "plain average",
+        "C304",
+        INFO,
+        set_attribute("momentum", None),
+        formats=MODULES,
+        every_layer=True,
+        of_the_file=True,
+    ),
     Fault("odd eps", "C305", WARNING, set_attribute("eps", 0.1), formats=(*MODULES, "onnx")),
+    Fault("frozen affine", "C307", INFO, without_gradient, formats=MODULES, every_layer=True, of_the_file=True),
     Fault("one layer training", "C306", INFO, set_attribute("training", True), formats=MODULES),
     Fault(
         "saved in training",
@@ -259,6 +299,98 @@ def test_averaged_weights(healthy: Callable[[], nn.Module], tmp_path: Path) -> N
     torch.save(averaged.state_dict(), tmp_path / "swa.pt")
     report = nd.inspect(tmp_path / "swa.pt")
     assert ("C310", "info") in {(f.code, str(f.severity)) for f in report.findings}
+
+
+def said(report: Report) -> set[tuple[str, str, str | None]]:
+    return {(f.code, str(f.severity), f.layer) for f in report.findings}
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_buffers_of_another_layer(form: str, healthy: Callable[[], nn.Module], tmp_path: Path) -> None:
+    net = healthy()
+    wide = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.BatchNorm2d) and m.num_features == 16]
+    (first, source), *_, (last, target) = wide
+    target.running_mean.copy_(source.running_mean)
+    target.running_var.copy_(source.running_var)
+    report = inspect(net, form, tmp_path, {})
+    (finding,) = [f for f in report.findings if f.code == "S114"]
+    assert {finding.layer, *finding.evidence["same_as"]} == {first, last}
+    assert finding.severity is INFO and not finding.evidence["affine_agrees"]
+
+
+def test_soup_of_two_checkpoints(healthy: Callable[[], nn.Module], tmp_path: Path) -> None:
+    one, other = healthy().state_dict(), healthy().state_dict()
+    for name in other:
+        if name.endswith("num_batches_tracked"):
+            other[name] += 1
+    torch.save({name: (tensor.double() + other[name]) / 2 for name, tensor in one.items()}, tmp_path / "soup.pt")
+    assert ("S112", "warning", None) in said(nd.inspect(tmp_path / "soup.pt"))
+
+
+@pytest.mark.parametrize(("target", "severity"), [(None, "info"), ("int8", "warning")])
+def test_synchronised_norms(target: Any, severity: str, healthy: Callable[[], nn.Module], tmp_path: Path) -> None:
+    torch.save(nn.SyncBatchNorm.convert_sync_batchnorm(healthy()), tmp_path / "sync.pt")
+    assert ("C309", severity, None) in said(nd.inspect(tmp_path / "sync.pt", target=target))
+
+
+def test_tracking_instance_norm(nets: ModuleType, tmp_path: Path) -> None:
+    net = nets.ResNet(lambda channels: nn.InstanceNorm2d(channels, affine=True, track_running_stats=True))
+    net(nets.load_digits_split().train_images[:64])
+    torch.save(net.eval(), tmp_path / "instance.pt")
+    named = {layer for code, severity, layer in said(nd.inspect(tmp_path / "instance.pt")) if code == "C308"}
+    assert named == {name for name, module in net.named_modules() if isinstance(module, nn.InstanceNorm2d)}
+
+
+def test_names_of_keras_and_wrappers(healthy: Callable[[], nn.Module], tmp_path: Path) -> None:
+    keras = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
+    state, renamed = healthy().state_dict(), {}
+    norms = {name.removesuffix(".running_var") for name in state if name.endswith(".running_var")}
+    for name, tensor in state.items():
+        parent, _, leaf = name.rpartition(".")
+        renamed[f"module.{parent}.{keras.get(leaf, leaf) if parent in norms else leaf}"] = tensor
+    torch.save(state, tmp_path / "plain.pt")
+    torch.save(renamed, tmp_path / "keras.pt")
+    assert "C312" not in {f.code for f in nd.inspect(tmp_path / "plain.pt").findings}
+    (finding,) = [f for f in nd.inspect(tmp_path / "keras.pt").findings if f.code == "C312"]
+    assert finding.layer is None
+    assert set(finding.evidence["read_as"]) == {f"{theirs}: {ours}" for ours, theirs in keras.items()}
+    assert finding.evidence["wrappers"] == ["module"]
+
+
+def test_gains_folded_into_the_next_weights(nets: ModuleType, tmp_path: Path) -> None:
+    """The fold changes no output; what is left is told from a fault by saying so."""
+    net = torch.load(FIXTURES / "transformer_module.pt", weights_only=False).eval()
+    images = nets.load_digits_split().test_images[:20]
+    before = net(images)
+    with torch.no_grad():
+        for block in net.blocks:
+            for norm, linear in ((block.norm1, block.qkv), (block.norm2, block.mlp[0])):
+                linear.bias += linear.weight @ norm.bias
+                linear.weight *= norm.weight
+                norm.weight.fill_(1)
+                norm.bias.zero_()
+    assert torch.allclose(net(images), before, atol=1e-4)
+    torch.save(net.state_dict(), tmp_path / "folded.pt")
+    torch.save(net, tmp_path / "folded_module.pt")
+    assert ("T702", "info", None) in said(nd.inspect(tmp_path / "folded_module.pt"))
+
+
+@pytest.mark.parametrize(("shift", "severity"), [(-2.4, "warning"), (float("nan"), "error")])
+def test_shift_inside_the_erf(shift: float, severity: str, nets: ModuleType, tmp_path: Path) -> None:
+    net = nets.Transformer(nets.DynamicErf)
+    net.blocks[1].norm2.shift.data.fill_(shift)
+    torch.save(net, tmp_path / "derf_module.pt")
+    torch.save(net.state_dict(), tmp_path / "derf.pt")
+    for path in (tmp_path / "derf_module.pt", tmp_path / "derf.pt"):
+        report = nd.inspect(path)
+        found = {(f.layer, str(f.severity)) for f in report.findings if f.code == "T709"}
+        assert found == {("blocks.1.norm2", severity)}
+
+
+def test_a_group_for_every_channel(nets: ModuleType, tmp_path: Path) -> None:
+    torch.save(nets.ResNet(lambda channels: nn.GroupNorm(16, channels), widths=(16, 32)), tmp_path / "groups.pt")
+    named = {layer for code, _, layer in said(nd.inspect(tmp_path / "groups.pt")) if code == "T710"}
+    assert named == {"bn1", "layer1.0.bn1", "layer1.0.bn2"}
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ NAMES = (
     "instancenorm",
     "transformer-layernorm",
     "transformer-zero-centred",
+    "transformer-derf",
 )
 
 

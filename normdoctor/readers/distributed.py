@@ -24,7 +24,8 @@ from normdoctor.layers import Checkpoint, Container
 from normdoctor.readers import load_calls
 from normdoctor.readers.arrays import ITEM_SIZES, MAX_ELEMENTS, Source, path_inside
 from normdoctor.readers.finishing import Budget
-from normdoctor.readers.pickle_machine import Call, Global, OpaqueKey, Pickled, PickleMachine
+from normdoctor.readers.pickle_machine import PickleMachine
+from normdoctor.readers.pickle_records import Call, Global, OpaqueKey, Pickled
 from normdoctor.readers.torch_contents import CONTAINERS, TRAINING_STATE, describe, find_models
 from normdoctor.readers.torch_pickle import ZipRecords, is_zip, unpickle_zip
 from normdoctor.readers.torch_tensors import StorageKey, Tensor, TensorReader, sizes_in
@@ -59,6 +60,8 @@ FORMAT_CLASSES = frozenset(
 )
 """What .metadata itself consists of; the path is that of the folder when it was written."""
 
+MAX_METADATA_OPCODES = 10_000_000
+"""A chunk takes about 90: 300 tensors with Adam's state over 64 ranks take 5 million."""
 MAX_SLICES = 10_000
 """Chunks of norm layers, each a file of its own: a few seconds of work. 64 ranks with 150 norms come close."""
 MAX_OBJECTS = 2000
@@ -81,7 +84,7 @@ def read(source: Source) -> Checkpoint:
     """The checkpoint whose .metadata is given.
 
     Raises InputError for damaged metadata. Damaged parts are met when a tensor's values are asked for."""
-    pickled = PickleMachine(source.stream(), f"{source.path}: the metadata").run()
+    pickled = PickleMachine(source.stream(), f"{source.path}: the metadata", MAX_METADATA_OPCODES).run()
     parts = _Parts(source, pickled)
     nested = _nested(parts)
     contents = find_models(nested, TensorReader(_no_storage, big_endian=False))

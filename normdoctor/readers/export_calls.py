@@ -11,7 +11,7 @@ from normdoctor.layers import Danger, LoadCall
 from normdoctor.readers import load_calls
 from normdoctor.readers.export_graph import Evaluated, Program, as_dict, as_list
 from normdoctor.readers.expressions import is_plain, is_plain_guard
-from normdoctor.readers.pickle_machine import Call, Global
+from normdoctor.readers.pickle_records import Call, Global
 
 SHOWN = 60
 MAX_LISTED = 50

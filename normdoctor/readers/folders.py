@@ -30,7 +30,7 @@ names tell them from models, and an optimizer's file is the largest of all."""
 OPTIMIZER_FOLDER = re.compile(r"^optimizer(_\d+)?$")
 """Where accelerate and transformers keep an optimizer as a distributed checkpoint."""
 
-MODEL_SUFFIXES = frozenset({".pt", ".bin", ".pth", ".ckpt", ".safetensors", ".onnx", ".pt2"})
+MODEL_SUFFIXES = frozenset({".pt", ".bin", ".pth", ".ckpt", ".safetensors", ".onnx", ".pt2", ".ts", ".jit"})
 """What is empty, a Git LFS pointer, or cannot be opened under such a name is reported, not passed over."""
 
 EXPORTED = re.compile(r"^([^/]+/)?(archive_format|serialized_exported_program\.json)$")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 
 from normdoctor.layers import Danger, LoadCall
-from normdoctor.readers.pickle_machine import Call, Global
+from normdoctor.readers.pickle_records import Call, Global
 
 REBUILD_FUNCTIONS = frozenset(
     f"torch._utils.{name}"

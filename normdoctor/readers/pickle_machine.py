@@ -14,10 +14,10 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from normdoctor.errors import InputError
+from normdoctor.readers.pickle_records import ORDERED_DICT, Call, Global, OpaqueKey, PersistentId, Pickled, Skipped
 
 MAX_OPCODES = 3_000_000
 """A few seconds of work. A checkpoint of ten thousand tensors with Adam state takes about one million."""
@@ -32,61 +32,7 @@ MAX_KEPT = 64 << 20
 """Once literals of this many bytes are kept, only those as short as a parameter's name are. Lines end here."""
 
 
-@dataclass(frozen=True, slots=True)
-class Global:
-    """A name the pickle refers to; never looked up."""
-
-    module: str
-    name: str
-
-    @property
-    def full_name(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(slots=True, eq=False)
-class Call:
-    """What pickle.load would have got by calling `function` (REDUCE) or `function.__new__` (`creates`)."""
-
-    function: Any
-    args: tuple[Any, ...]
-    creates: bool
-    state: Any = None
-    """What BUILD would have given to __setstate__ or __dict__."""
-    items: dict[Any, Any] | None = None
-    """What SETITEM(S) would have stored in it."""
-    members: list[Any] | None = None
-    """What APPEND(S) and ADDITEMS would have added to it."""
-
-
-@dataclass(frozen=True, slots=True)
-class PersistentId:
-    """A reference to something stored outside the pickle: torch's storages."""
-
-    value: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """A literal too long to be of interest."""
-
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class OpaqueKey:
-    """A dictionary key that is not an atom."""
-
-    identity: int
-
-
-@dataclass(slots=True)
-class Pickled:
-    """The outcome of one pickle: its value, and every call that loading it would make, in order."""
-
-    value: Any
-    calls: list[Call] = field(default_factory=list)
-    persistent_ids: list[PersistentId] = field(default_factory=list)
+DAMAGED = "The file is truncated, damaged or not a checkpoint; copy or download it again."
 
 
 class _Mark:
@@ -100,12 +46,14 @@ _ATOMS = (str, bytes, int, float, bool, type(None), Global)
 class PickleMachine:
     """Reads one pickle from `stream`, which is left just behind its STOP.
 
+    max_opcodes: how much work it may be; MAX_OPCODES unless the format is known to need more.
     Raises InputError for everything that is not a whole, well-formed pickle."""
 
-    def __init__(self, stream: io.BufferedReader | io.BytesIO, what: str) -> None:
+    def __init__(self, stream: io.BufferedReader | io.BytesIO, what: str, max_opcodes: int | None = None) -> None:
         self._stream = stream
         self._read = stream.read
         self._what = what
+        self._max_opcodes = MAX_OPCODES if max_opcodes is None else max_opcodes
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._calls: list[Call] = []
@@ -118,7 +66,7 @@ class PickleMachine:
         read = self._read
         handlers = _HANDLERS
         try:
-            for _ in range(MAX_OPCODES):
+            for _ in range(self._max_opcodes):
                 code = read(1)
                 if code == b".":
                     return Pickled(self._pop(), self._calls, self._persistent_ids)
@@ -130,10 +78,12 @@ class PickleMachine:
             raise self._error(f"is not well-formed ({type(error).__name__})") from error
         except EOFError as error:
             raise self._error("ends in the middle") from error
-        raise self._error(f"has more than {MAX_OPCODES:,} operations")
+        raise self._error(
+            f"has more than {self._max_opcodes:,} operations",
+            "No checkpoint that normdoctor knows is that large; it may have been made to keep readers busy.",
+        )
 
-    def _error(self, how: str) -> InputError:
-        hint = "The file is truncated, damaged or not a checkpoint; copy or download it again."
+    def _error(self, how: str, hint: str = DAMAGED) -> InputError:
         return InputError(f"{self._what} {how}", hint)
 
     # stack and memo
@@ -257,9 +207,6 @@ class PickleMachine:
 
     def _extension(self, width: int) -> None:
         self._push(Global("copyreg", f"extension {self._unsigned(width)}"))
-
-
-ORDERED_DICT = Global("collections", "OrderedDict")
 
 
 def _int_line(m: PickleMachine) -> None:

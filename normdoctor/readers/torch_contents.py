@@ -18,7 +18,7 @@ from normdoctor.readers.finishing import Budget
 from normdoctor.readers.load_calls import is_module_state
 from normdoctor.readers.modules import ModuleRecord, read_modules
 from normdoctor.readers.naming import FLAT_PARAMETER, read_names, why_no_norms
-from normdoctor.readers.pickle_machine import Call, Global
+from normdoctor.readers.pickle_records import Call, Global
 from normdoctor.readers.torch_tensors import TensorReader
 
 TRAINING_STATE = re.compile(

@@ -29,7 +29,8 @@ from normdoctor.readers.export_graph import (
 from normdoctor.readers.export_layers import Tensors, read_layers
 from normdoctor.readers.finishing import Budget
 from normdoctor.readers.naming import why_no_norms
-from normdoctor.readers.pickle_machine import Call, PickleMachine
+from normdoctor.readers.pickle_machine import PickleMachine
+from normdoctor.readers.pickle_records import Call
 from normdoctor.readers.torch_contents import with_key
 from normdoctor.readers.torch_pickle import ZipRecords, is_zip, unpickle_zip
 from normdoctor.readers.torch_tensors import TensorReader

@@ -21,7 +21,8 @@ from normdoctor.errors import InputError
 from normdoctor.layers import Checkpoint, Container
 from normdoctor.readers import load_calls
 from normdoctor.readers.arrays import ITEM_SIZES, FileStorage, Source, Storage
-from normdoctor.readers.pickle_machine import Pickled, PickleMachine
+from normdoctor.readers.pickle_machine import PickleMachine
+from normdoctor.readers.pickle_records import Pickled
 from normdoctor.readers.torch_contents import describe, find_models, with_unnamed
 from normdoctor.readers.torch_tensors import StorageKey, TensorReader, storage_key
 

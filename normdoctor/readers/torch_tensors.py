@@ -9,7 +9,7 @@ from typing import Any
 from normdoctor.errors import InputError
 from normdoctor.layers import ArrayRef
 from normdoctor.readers.arrays import ITEM_SIZES, Storage, StoredArray
-from normdoctor.readers.pickle_machine import Call, Global, PersistentId
+from normdoctor.readers.pickle_records import Call, Global, PersistentId
 
 STORAGE_TYPES = {
     "FloatStorage": "float32",

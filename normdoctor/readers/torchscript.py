@@ -32,7 +32,7 @@ from normdoctor.readers.load_calls import PLAIN, REBUILD_FUNCTIONS
 from normdoctor.readers.modules import read_modules, usable
 from normdoctor.readers.naming import size_of, why_no_norms
 from normdoctor.readers.norm_classes import declared_width, kind_of_class
-from normdoctor.readers.pickle_machine import Call, Global, Pickled
+from normdoctor.readers.pickle_records import Call, Global, Pickled
 from normdoctor.readers.torch_contents import with_unnamed
 from normdoctor.readers.torch_pickle import ZipRecords, unpickle_zip
 from normdoctor.readers.torchscript_code import UNKNOWN, Constant, count_constants

@@ -16,7 +16,7 @@ from normdoctor.layers import ArrayRef, NormKind
 from normdoctor.readers.finishing import Budget
 from normdoctor.readers.modules import ModuleRecord
 from normdoctor.readers.norm_classes import kind_of_class
-from normdoctor.readers.pickle_machine import Call, Global
+from normdoctor.readers.pickle_records import Call, Global
 from normdoctor.readers.torch_pickle import ZipRecords
 from normdoctor.readers.torch_tensors import TensorReader
 from normdoctor.readers.torchscript_code import (

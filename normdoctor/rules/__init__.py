@@ -1,9 +1,23 @@
-"""The rules: one file per family of codes, joined here. The S family fills two files."""
+"""The rules, joined here: every file holds rules of one family of codes, a large family has several files."""
 
 from __future__ import annotations
 
+import copyreg
+
 from normdoctor.findings import Rule
-from normdoctor.rules import affine, files, numerics, settings, staleness, statistics, transformers
+from normdoctor.rules import (
+    affine,
+    files,
+    modes,
+    numerics,
+    settings,
+    siblings,
+    staleness,
+    stand_ins,
+    statistics,
+    storage,
+    transformers,
+)
 
 FAMILIES = "SACNTF"
 """The families in the order in which they are listed."""
@@ -13,13 +27,26 @@ RULES: tuple[Rule, ...] = tuple(
         (
             *statistics.RULES,
             *staleness.RULES,
+            *siblings.RULES,
             *affine.RULES,
             *settings.RULES,
+            *modes.RULES,
+            *storage.RULES,
             *numerics.RULES,
             *transformers.RULES,
+            *stand_ins.RULES,
             *files.RULES,
         ),
         key=lambda rule: (FAMILIES.index(rule.code[0]), rule.code),
     )
 )
 """Every rule there is. A code never changes its meaning and is never used again."""
+
+
+def rule_of(code: str) -> Rule:
+    """The rule of exactly this code."""
+    return next(rule for rule in RULES if rule.code == code)
+
+
+# A rule travels to another process as its code: its check goes by a name that the rule itself has taken.
+copyreg.pickle(Rule, lambda rule: (rule_of, (rule.code,)))

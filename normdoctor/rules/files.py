@@ -27,14 +27,15 @@ MEANING = {
     severity=Severity.ERROR,
     confidence=Confidence.HIGH,
     scope=Scope.FILE,
-    why="torch.load(weights_only=False) calls whatever the file names, before any check of yours.",
+    why="It calls whatever the file names, before any check of yours.",
     fix="load it with weights_only=True only; from a source you trust, save the state_dict again as safetensors",
     reference="https://pytorch.org/docs/stable/notes/serialization.html",
 )
 def runs_code_on_load(checkpoint: Checkpoint, context: Context) -> Iterator[Observation]:
     """Loading the file with torch would call something beside torch's own rebuild functions and containers.
 
-    A pickle is a program. Nothing of it was run here; these are the calls it asks for. Classes of modules are
+    A pickle is a program, and the sizes in a torch.export package are expressions that torch evaluates. Nothing
+    of it was run here; these are the calls it asks for. Classes of modules are
     what a whole pickled model consists of (info). Data classes of other libraries, such as numpy scalars,
     configurations or loggers, mean that training state was saved along (warning). Anything else has no
     business in a checkpoint: os.system, eval, getattr chains, functions of torch itself that run commands
@@ -56,9 +57,17 @@ def runs_code_on_load(checkpoint: Checkpoint, context: Context) -> Iterator[Obse
         message=f"{checkpoint.loader} would call {plural(total, 'name')}: {'; '.join(said)}.",
         evidence={danger.name.lower(): listed for danger, listed in found.items()},
         severity=SEVERITY[worst],
-        fix="do not load this file with torch; ask where it comes from" if worst is Danger.OTHER else None,
+        fix=_fix(checkpoint, worst),
         rank=float(worst.value),
     )
+
+
+def _fix(checkpoint: Checkpoint, worst: Danger) -> str | None:
+    if worst is Danger.OTHER:
+        return "do not load this file with torch; ask where it comes from"
+    if "weights_only" not in checkpoint.loader:  # only torch.load has it
+        return "load it only from a source you trust, and save it again without these objects"
+    return None
 
 
 def _short(calls: list[str]) -> str:

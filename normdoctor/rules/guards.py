@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from normdoctor.findings import Observation, Severity
-from normdoctor.layers import Mask, NormLayer, Vector, median
+from normdoctor.layers import Mask, NormKind, NormLayer, Vector, median
 from normdoctor.rules.wording import some_of, where
 
 FEW = 8
@@ -19,6 +19,9 @@ ENOUGH = 16
 
 SWITCHED_OFF = 1e-3
 """A gain below this passes on next to nothing, whatever the others are."""
+
+TOKEN_KINDS = (NormKind.LAYER, NormKind.RMS, NormKind.LAYER_OR_RMS)
+"""Norms over the features of a token; a GroupNorm that could be a LayerNorm is left to the other rules."""
 
 OPERATORS = ("ai.onnx", "com.microsoft", "torch.ops.aten", "aten::")
 
@@ -32,10 +35,15 @@ def for_size(channels: int, severity: Severity) -> Severity | None:
     return severity if channels >= ENOUGH else Severity.INFO
 
 
-def exported(layer: NormLayer) -> bool:
-    """The layer is an operator of an exported graph, not a module: it has no counter and no eval()."""
+def operator(layer: NormLayer) -> bool:
+    """The layer is an operator of a graph without modules (ONNX): it has no counter and no class."""
     origin = layer.origin or ""
     return origin.startswith(OPERATORS) or ("." not in origin and origin.endswith("Normalization"))
+
+
+def exported(layer: NormLayer) -> bool:
+    """The layer's mode is that of a recorded graph, ONNX, exported or traced: nobody can call eval() on it."""
+    return operator(layer) or layer.baked
 
 
 def frozen(layer: NormLayer) -> bool:

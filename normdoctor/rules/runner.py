@@ -15,6 +15,7 @@ from typing import Any
 from normdoctor.findings import (
     ASSUMABLE_FIELDS,
     DEBIAS_COMMAND,
+    RECALIBRATE,
     Context,
     Finding,
     Observation,
@@ -46,6 +47,10 @@ DECLARED_ABSENT: Mapping[str, Callable[[NormLayer], bool]] = {
     "running_mean": lambda layer: layer.track_running_stats is False,
     "running_var": lambda layer: layer.track_running_stats is False,
     "num_batches_tracked": lambda layer: layer.track_running_stats is False,
+    # Where these are not said there is nothing to say: only a module has a class and gradients, only Derf a shift.
+    "origin": lambda layer: True,
+    "requires_grad": lambda layer: True,
+    "inner_shift": lambda layer: True,
 }
 
 
@@ -78,8 +83,9 @@ def examine(
     skips: list[Skip] = []
     stood_in: dict[str, float] = {}
     variants: Variants = {}
+    silent = frozenset(layer.name for layer in checkpoint.layers if layer.momentum is None)
     for rule in rules:
-        run = _Run(rule, checkpoint, settings, variants)
+        run = _Run(rule, checkpoint, settings, variants, silent)
         if rule.scope is Scope.FILE:
             run.on_file()
         else:
@@ -96,7 +102,7 @@ def examine(
         path=checkpoint.path,
         format=checkpoint.format,
         layers=layers,
-        layers_in_file=len(checkpoint.layers),
+        layer_names=tuple(layer.name for layer in checkpoint.layers),
         findings=tuple(findings),
         skips=tuple(skips),
         assumed={name: stood_in[name] for name in sorted(stood_in)},
@@ -113,13 +119,20 @@ Variants = dict[tuple[Any, ...], NormLayer]
 class _Run:
     """One rule going over one file."""
 
-    def __init__(self, rule: Rule, checkpoint: Checkpoint, settings: Settings, variants: Variants) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        checkpoint: Checkpoint,
+        settings: Settings,
+        variants: Variants,
+        silent: frozenset[str],
+    ) -> None:
         self.rule = rule
+        self._silent = silent
         self._variants = variants
         self.checkpoint = checkpoint
         self.settings = settings
         self.limits = {**rule.limits, **settings.limits.get(rule.code, {})}
-        self._silent = {layer.name for layer in checkpoint.layers if layer.momentum is None}
         self.findings: list[Finding] = []
         self.assumed: dict[str, float] = {}
         self._vectors = set(rule.needs).intersection(VECTORS)
@@ -211,10 +224,13 @@ class _Run:
                 message=message,
                 evidence=evidence,
                 assumed=dict(assumed),
-                fix=fill_in(rule.fix if seen.fix is None else seen.fix, self.checkpoint, self._momentum_option(layer)),
+                fix=self._fix(rule.fix if seen.fix is None else seen.fix, layer),
                 rank=seen.rank,
             )
         )
+
+    def _fix(self, fix: str, layer: NormLayer | None) -> str:
+        return fill_in(fix, self.checkpoint, self._momentum_option(layer), layer)
 
     def _momentum_option(self, layer: NormLayer | None) -> str:
         """What a command about this layer must add because the file does not say its momentum."""
@@ -276,14 +292,20 @@ def _filled(layer: NormLayer, values: Mapping[str, float]) -> NormLayer:
     return filled
 
 
-def fill_in(fix: str, checkpoint: Checkpoint, momentum: str = "") -> str:
+def fill_in(fix: str, checkpoint: Checkpoint, momentum: str = "", layer: NormLayer | None = None) -> str:
     """Put the file's name into a fix: {path} as the shell wants it, {fixed} for a sensible output, {momentum} for
-    the option that a file without one needs. A live module is repaired through the API instead."""
+    the option that a file without one needs. A live module is repaired through the API instead, a checkpoint in
+    several files through the one that holds the layer, or else once it is in one file."""
+    first = ""
     if checkpoint.container is Container.MEMORY:
         fix = fix.replace(DEBIAS_COMMAND, 'normdoctor.recalibrate(module, method="debias")')
     path = Path(checkpoint.path)
+    if checkpoint.container is Container.FOLDER and RECALIBRATE in fix:
+        one_file = None if layer is None else checkpoint.files.get(layer.name)
+        first = "" if one_file else f"{checkpoint.as_one_file}; then: "
+        path = Path(one_file or "model.pt")
     words = {"{path}": str(path), "{fixed}": str(repaired_path(path)) if path.name else "fixed"}
     for placeholder, word in words.items():
         word = f"./{word}" if word.startswith("-") else word  # or the shell's next program takes it for an option
         fix = fix.replace(placeholder, shlex.quote(word))
-    return fix.replace("{momentum}", momentum)
+    return first + fix.replace("{momentum}", momentum)

@@ -1,68 +1,20 @@
-"""C: eps, momentum, mode and shapes that do not fit together."""
+"""C: eps and momentum."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
 from normdoctor.findings import Confidence, Context, Observation, Rule, Scope, Severity, rule
-from normdoctor.layers import TRACKING_KINDS, VECTORS, NormKind, NormLayer, median
-from normdoctor.rules.guards import exported, frozen
-from normdoctor.rules.wording import both, names, number, percent, plural
-
-REESTIMATE = "re-estimate them on training data (torch.optim.swa_utils.update_bn(loader, model))"
+from normdoctor.layers import TRACKING_KINDS, NormKind, NormLayer, median
+from normdoctor.rules.guards import exported
+from normdoctor.rules.wording import REESTIMATE, names, number, percent, plural
 
 FAMILY_EPS = (1e-5, 1e-3)
 """What BatchNorms are built with: torch, ONNX and Caffe; Keras and TensorFlow."""
-
-
-@rule(
-    "C301",
-    "batch-stats-at-inference",
-    severity=Severity.WARNING,
-    confidence=Confidence.HIGH,
-    kinds=(NormKind.BATCH,),
-    needs=("training",),
-    why="The answer for one input depends on the others in its batch.",
-    fix=f"build the layer with track_running_stats=True and fill its buffers: {REESTIMATE}",
-    reference="https://github.com/pytorch/pytorch/issues/37823",
-)
-def batch_stats_at_inference(layer: NormLayer, context: Context) -> Iterator[Observation]:
-    """At inference the layer would normalise with the statistics of the batch at hand.
-
-    In an exported graph: the node is in training mode, for good, since nobody can call eval() on it (error).
-    In a module: there are no buffers to use, because it was built with track_running_stats=False or they were
-    removed. A batch of one with 1x1 maps then raises or gives the shift alone. InstanceNorm does so by design.
-
-    Also said where track_running_stats was set to False afterwards and the buffers are still there: torch then
-    does use them in eval mode, but training no longer updates them. Example: a classifier whose answer for one
-    image changes with its neighbours in the batch.
-    """
-    stored = layer.running_mean is not None or layer.running_var is not None
-    if exported(layer):
-        if layer.training:
-            yield Observation(
-                message="The exported node is in training mode: it normalises with the batch at hand for ever.",
-                evidence={"training": True},
-                severity=Severity.ERROR,
-                fix="call model.eval() and export again",
-            )
-        return
-    if layer.track_running_stats is False and stored:
-        yield Observation(
-            message="track_running_stats is False but the buffers exist: eval uses them, training never updates them.",
-            evidence={"track_running_stats": False, "buffers": True},
-            fix=f"set track_running_stats=True on the layer; if it was trained like that, {REESTIMATE}",
-        )
-    elif not stored:
-        cause = "track_running_stats is False" if layer.track_running_stats is False else "the buffers are gone"
-        yield Observation(
-            message=f"There is no running_mean and running_var ({cause}): eval mode normalises with the batch at hand.",
-            evidence={"track_running_stats": layer.track_running_stats, "buffers": False},
-        )
 
 
 @rule(
@@ -112,6 +64,7 @@ def momentum_zero(layer: NormLayer, context: Context) -> Iterator[Observation]:
     why="The running statistics are those of the last batch or two, with all their noise.",
     fix=f"set momentum to 1 minus this value; {REESTIMATE}",
     reference="https://github.com/eriklindernoren/PyTorch-YOLOv3/issues/230",
+    # benchmarks/calibration.md: in large batches even 1 costs little, so it is a warning and no error.
     limits={"from": 0.5},
 )
 def momentum_swapped(layer: NormLayer, context: Context) -> Iterator[Observation]:
@@ -139,10 +92,44 @@ def momentum_swapped(layer: NormLayer, context: Context) -> Iterator[Observation
 
 
 @rule(
+    "C304",
+    "cumulative-average",
+    severity=Severity.INFO,
+    confidence=Confidence.HIGH,
+    kinds=TRACKING_KINDS,
+    needs=("momentum",),
+    assumes=False,
+    scope=Scope.MODEL,
+    why="What the first, barely trained weights produced counts as much as what the last ones did.",
+    fix=f"{REESTIMATE}; before training on, set momentum to 0.1",
+    reference="https://pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html",
+)
+def cumulative_average(layers: tuple[NormLayer, ...], context: Context) -> Iterator[Observation]:
+    """momentum is None: the running statistics are the plain average over all batches that were counted.
+
+    That is right for weights that stand still, and what update_bn sets for the time it runs. Kept on during
+    training it averages over all the networks there were on the way, and the share of the first ones falls only
+    as one over the number of batches.
+
+    Harmless where the statistics were re-estimated like that after training. Example: momentum=None in all 20
+    layers; half of the average comes from the first half of the training.
+    """
+    plain = [layer for layer in layers if layer.momentum == "cumulative"]
+    if not plain:
+        return
+    which = f"all {plural(len(layers), 'layer')}" if len(plain) == len(layers) else names([one.name for one in plain])
+    yield Observation(
+        message=f"momentum=None in {which}: the statistics are a plain average over all batches.",
+        evidence={"layers": [layer.name for layer in plain]},
+    )
+
+
+@rule(
     "C305",
     "eps-odd",
     severity=Severity.WARNING,
     confidence=Confidence.MEDIUM,
+    kinds=tuple(kind for kind in NormKind if kind not in (NormKind.DYNAMIC_TANH, NormKind.AFFINE)),
     needs=("eps",),
     assumes=False,
     scope=Scope.MODEL,
@@ -220,199 +207,9 @@ def _gain_change(layer: NormLayer, eps: float, expected: float) -> float | None:
     return abs(math.expm1(median(np.log((live + eps) / (live + expected))) / 2))
 
 
-@rule(
-    "C306",
-    "mixed-mode",
-    severity=Severity.INFO,
-    confidence=Confidence.HIGH,
-    kinds=(NormKind.BATCH,),
-    needs=("training",),
-    scope=Scope.MODEL,
-    why="Part of the model follows the batch at hand, part the stored statistics, until eval() is called.",
-    fix="none if these layers were frozen on purpose; otherwise call model.eval() before saving",
-    reference="https://github.com/fxia22/pointnet.pytorch/issues/19",
-)
-def mixed_mode(layers: tuple[NormLayer, ...], context: Context) -> Iterator[Observation]:
-    """Some BatchNorms were saved in training mode and some in eval mode.
-
-    Fine-tuning with frozen BatchNorms sets some of them to eval and leaves the rest, on purpose. It is a fault
-    where a submodule was missed, or where train() was called on the whole model after freezing, which silently
-    lets the frozen statistics move again. A call of model.eval() ends it either way.
-
-    Said of the layers in the minority. Example: layer4.1.bn2 in training mode, 19 others in eval mode.
-    """
-    modules = [layer for layer in layers if not exported(layer)]
-    training = [layer for layer in modules if layer.training]
-    still = [layer for layer in modules if not layer.training]
-    if not training or not still:
-        return
-    few, many = (training, still) if len(training) <= len(still) else (still, training)
-    mode, other = ("training", "eval") if few is training else ("eval", "training")
-    for layer in few:
-        purpose = " It has no gradient: frozen on purpose?" if mode == "eval" and frozen(layer) else ""
-        yield Observation(
-            layer=layer,
-            message=f"Saved in {mode} mode, {len(many)} of {plural(len(modules), 'BatchNorm')} in {other} mode."
-            + purpose,
-            evidence={"mode": mode, "in_this_mode": len(few), "in_the_other": len(many)},
-        )
-
-
-@rule(
-    "C310",
-    "averaged-weights-old-stats",
-    severity=Severity.INFO,
-    confidence=Confidence.MEDIUM,
-    kinds=TRACKING_KINDS,
-    needs=("running_mean", "running_var"),
-    scope=Scope.MODEL,
-    why="The weights are an average of several models, the statistics may still be those of one of them.",
-    fix=f"unless the statistics were computed after averaging, {REESTIMATE}",
-    reference="https://github.com/Lightning-AI/pytorch-lightning/issues/14866",
-)
-def averaged_weights_old_stats(layers: tuple[NormLayer, ...], context: Context) -> Iterator[Observation]:
-    """The file says that its weights are an average (EMA, SWA, a soup), and the model has running statistics.
-
-    Averaged weights make other activations than any of the models they come from, so their statistics must be
-    computed anew after averaging; a file cannot show whether they were. A counter with a fraction says that
-    the buffers were averaged along, which is not the same thing.
-
-    Harmless where update_bn or the like ran afterwards. Example: n_averaged = 12; re-estimating took a digits
-    CNN from 96.6 % to 98.7 %.
-    """
-    fractions = [layer for layer in layers if (t := layer.numbers.updates) and t % 1 != 0]
-    reasons = []
-    if context.model.averaged:
-        reasons.append(context.model.averaged)
-    if fractions:
-        counts = f"num_batches_tracked is a fraction ({number(fractions[0].numbers.updates or 0.0)}) in "
-        reasons.append(counts + names([layer.name for layer in fractions]))
-    if reasons:
-        yield Observation(
-            message=f"Averaged weights: {'; '.join(reasons)}. The running statistics of "
-            f"{plural(len(layers), 'layer')} may be older.",
-            evidence={"averaged": context.model.averaged, "fractional_counters": len(fractions)},
-            confidence=Confidence.HIGH if context.model.averaged and fractions else None,
-        )
-
-
-@rule(
-    "C311",
-    "shape-mismatch",
-    severity=Severity.ERROR,
-    confidence=Confidence.HIGH,
-    why="The layer cannot run; loading it or the first batch will fail.",
-    fix="find which one was changed (pruned, resized, from another model) and bring the others along",
-    reference="https://pytorch.org/docs/stable/generated/torch.nn.functional.batch_norm.html",
-)
-def shape_mismatch(layer: NormLayer, context: Context) -> Iterator[Observation]:
-    """weight, bias, running_mean and running_var do not have the same number of values.
-
-    Usual after pruning that forgot the buffers, after replacing a head, or when two checkpoints were merged
-    key by key. No other rule can calculate with such a layer, so they skip it.
-
-    Example: weight has 64 values, running_var 48.
-    """
-    lengths = layer.lengths
-    if layer.lengths_agree:
-        return
-    groups: dict[int, list[str]] = {}
-    for name in VECTORS:
-        if name in lengths:
-            groups.setdefault(lengths[name], []).append(name)
-    said = [f"{both(fields)} {plural(size, 'value')}" for size, fields in groups.items()]
-    what = "Lengths differ" if len(groups) > 1 else "Nothing is stored"
-    yield Observation(message=f"{what}: {', '.join(said)}.", evidence=dict(lengths))
-
-
-@rule(
-    "C313",
-    "dtype-disagrees",
-    severity=Severity.WARNING,
-    confidence=Confidence.HIGH,
-    scope=Scope.MODEL,
-    why="torch on a CPU refuses such a layer, and what is kept in fewer bits has lost digits for good.",
-    fix="convert the layer as a whole (layer.float() or layer.to(dtype)) and save again",
-    reference="https://github.com/pytorch/pytorch/issues/88474",
-)
-def dtype_disagrees(layers: tuple[NormLayer, ...], context: Context) -> Iterator[Observation]:
-    """The tensors of one layer have different types, or a layer has another type than its siblings.
-
-    Inside one layer: torch's CPU kernels raise "mixed dtype" or "expected scalar type Float but found Half";
-    GPUs accept parameters in 16 bits beside statistics in float32, which mixed-precision training (FSDP with
-    float32 buffers) leaves behind on purpose. Between layers of one kind it is only info: norms kept in
-    float32 among 16-bit ones are usual, one in 16 bits among float32 ones is a leftover.
-
-    Example: weight and bias float16, running_mean and running_var float32.
-    """
-    by_kind: dict[NormKind, list[tuple[NormLayer, str]]] = {}
-    for layer in layers:
-        types = {name: ref.dtype for name in VECTORS if (ref := getattr(layer, name)) is not None}
-        distinct = set(types.values())
-        if len(distinct) == 1:
-            by_kind.setdefault(layer.kind, []).append((layer, distinct.pop()))
-        elif distinct:
-            said = [
-                f"{both([name for name, have in types.items() if have == kind])} {kind}"
-                for kind in dict.fromkeys(types.values())
-            ]
-            yield Observation(layer=layer, message=f"Types differ: {', '.join(said)}.", evidence=types, rank=1.0)
-    for group in by_kind.values():
-        yield from _unlike_siblings(group)
-
-
-def _unlike_siblings(group: Sequence[tuple[NormLayer, str]]) -> Iterator[Observation]:
-    table = Counter(dtype for _, dtype in group)
-    usual, count = table.most_common(1)[0]
-    if 2 * count <= len(group):
-        return  # no usual type to differ from
-    for layer, dtype in group:
-        if dtype != usual:
-            yield Observation(
-                layer=layer,
-                message=f"Stored as {dtype}, {count} of {len(group)} {layer.kind.value} layers as {usual}.",
-                evidence={"dtype": dtype, "usual": usual},
-                severity=Severity.INFO,
-            )
-
-
-@rule(
-    "C314",
-    "saved-in-training-mode",
-    severity=Severity.INFO,
-    confidence=Confidence.HIGH,
-    kinds=(NormKind.BATCH,),
-    needs=("training",),
-    scope=Scope.MODEL,
-    why="Whoever loads it and forgets eval() gets answers that depend on the batch and move the statistics.",
-    fix="call model.eval() before saving, and after loading in any case",
-    reference="https://github.com/yaodongyu/TRADES/issues/3",
-)
-def saved_in_training_mode(layers: tuple[NormLayer, ...], context: Context) -> Iterator[Observation]:
-    """The module was saved with all its BatchNorms in training mode.
-
-    Usual for a checkpoint written in the middle of training, and harmless where the loading code calls eval().
-    A whole pickled module remembers the flag, unlike a state_dict. Where only some layers are in training mode
-    it is C306.
-
-    Example: 20 of 20 BatchNorms with training=True.
-    """
-    modules = [layer for layer in layers if not exported(layer)]
-    if modules and all(layer.training for layer in modules):
-        yield Observation(
-            message=f"{plural(len(modules), 'BatchNorm')}, all saved with training=True.",
-            evidence={"layers": len(modules)},
-        )
-
-
 RULES: tuple[Rule, ...] = (
-    batch_stats_at_inference,
     momentum_zero,
     momentum_swapped,
+    cumulative_average,
     eps_odd,
-    mixed_mode,
-    averaged_weights_old_stats,
-    shape_mismatch,
-    dtype_disagrees,
-    saved_in_training_mode,
 )

@@ -1,26 +1,58 @@
-"""S: how the running statistics came about: never updated, not enough updates, lost on the way."""
+"""S: how the running statistics came about: never updated, not enough updates, kept in too few bits."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from normdoctor.findings import DEBIAS_COMMAND, Confidence, Context, Observation, Rule, Scope, Severity, rule
-from normdoctor.layers import TRACKING_KINDS, NormKind, NormLayer
-from normdoctor.rules.decay import (
-    SMALLEST_NORMAL,
-    plain_momentum,
-    residue,
-    started_elsewhere,
-)
-from normdoctor.rules.guards import exported, frozen, frozen_class
-from normdoctor.rules.wording import REESTIMATE, both, number, percent, plural, where
+from normdoctor.layers import TRACKING_KINDS, NormLayer, Vector
+from normdoctor.rules.decay import SMALLEST_NORMAL, plain_momentum, residue, started_elsewhere
+from normdoctor.rules.guards import TOKEN_KINDS, frozen
+from normdoctor.rules.wording import REESTIMATE, number, percent, plural, where
 
 BATCHNORM_PAPER = "https://arxiv.org/abs/1502.03167"
+
+
+@rule(
+    "S100",
+    "untrained-model",
+    severity=Severity.INFO,
+    confidence=Confidence.HIGH,
+    scope=Scope.MODEL,
+    why="Nothing that needs training can be judged, so S103, A203 and A204 keep silent.",
+    fix="none if the model is meant to be fresh; otherwise make sure the weights were loaded before saving",
+    reference="https://github.com/matterport/Mask_RCNN/issues/753",
+)
+def untrained_model(layers: tuple[NormLayer, ...], context: Context) -> Iterator[Observation]:
+    """Every norm layer still holds exactly what it was created with.
+
+    Mean 0, variance 1, gain 1 (or 0, for blocks that start as the identity), shift 0, in all layers at once,
+    and no counter says that a batch went through. Either the model was never trained, or loading the weights
+    failed without a word and a fresh model was saved again.
+
+    Harmless for a model that is meant to be fresh. A transformer whose gains were folded into the next
+    weights (QuaRot, SliceGPT) looks the same, so there the confidence is medium.
+
+    Example: 53 BatchNorms, all of them 0, 1, 1, 0.
+    """
+    if not context.model.untrained:
+        return
+    message = (
+        f"{plural(len(layers), 'norm layer')}, and all hold what they were created with: "
+        "mean 0, variance 1, gain 1 (or 0), shift 0."
+    )
+    folded = all(layer.kind in TOKEN_KINDS for layer in layers)
+    if folded:
+        message += " A transformer whose gains were folded into the next weights looks the same."
+    yield Observation(
+        message=message,
+        evidence={"layers": len(layers)},
+        confidence=Confidence.MEDIUM if folded else None,
+    )
 
 
 @rule(
@@ -72,7 +104,8 @@ def never_updated_stats(layer: NormLayer, context: Context) -> Iterator[Observat
     why="Eval divides by the wrong spread while training never notices; the repair needs no data.",
     fix=DEBIAS_COMMAND,
     reference=BATCHNORM_PAPER,
-    limits={"error": 0.10, "warning": 0.01, "info": 0.001},
+    # benchmarks/calibration.md: 5 % costs depthwise nets 7 to 12 points, 1 % none more than 1.
+    limits={"error": 0.05, "warning": 0.01, "info": 0.001},
 )
 def warmup_residue(layer: NormLayer, context: Context) -> Iterator[Observation]:
     """A known share q = (1 - momentum)^updates of the running statistics is still their initial value.
@@ -119,101 +152,65 @@ def warmup_residue(layer: NormLayer, context: Context) -> Iterator[Observation]:
 
 
 @rule(
-    "S110",
-    "counter-disagreement",
+    "S113",
+    "low-precision-ema",
     severity=Severity.WARNING,
-    confidence=Confidence.HIGH,
+    confidence=Confidence.MEDIUM,
     kinds=TRACKING_KINDS,
-    needs=("num_batches_tracked",),
-    scope=Scope.MODEL,
-    why="This layer saw other batches than its neighbours, so its statistics may belong to another time.",
-    fix=f"find out when it was frozen, inserted or loaded; if by mistake: {REESTIMATE}",
-    reference="https://github.com/kgl-prml/Contrastive-Adaptation-Network-for-Unsupervised-Domain-Adaptation/issues/7",
-    limits={"calls": 8},
-)
-def counter_disagreement(layers: tuple[NormLayer, ...], context: Context) -> Iterator[Observation]:
-    """num_batches_tracked differs from the commonest value among the layers.
-
-    A smaller count: the layer was frozen for a while or inserted later. A larger one: it came with
-    pretrained weights. An exact multiple only means that the layer is called several times per step, which
-    is said just where the file shows it under several names. An exact half, third, ... may be the layer that
-    is called once while the others are called more often (a siamese backbone): info.
-
-    Layers that counted 0 belong to S111 and S103. Example: 19 layers at 25,301, one at 11,200.
-    """
-    counts = {layer: layer.numbers.updates for layer in layers}
-    counted = {layer: int(t) for layer, t in counts.items() if t and t > 0 and t == int(t)}
-    if len(set(counted.values())) < 2:
-        return
-    table = Counter(counted.values())
-    usual = max(table, key=lambda t: (table[t], t))
-    most = context.limits["calls"]
-    for layer, t in counted.items():
-        severity = confidence = None
-        if t == usual:
-            continue
-        if t % usual == 0:
-            if not layer.aliases:
-                continue
-            severity = Severity.INFO
-            meaning = (
-                f"it is used under {len(layer.aliases) + 1} names and called {t // usual} times per step, so "
-                "one set of statistics serves several inputs"
-            )
-        elif usual % t == 0 and usual // t <= most:
-            severity, confidence = Severity.INFO, Confidence.MEDIUM
-            meaning = f"the others are called {usual // t} times per step, or it was frozen or inserted later"
-        elif t < usual:
-            meaning = "it was frozen for a while or inserted later"
-        else:
-            meaning = "it came with pretrained weights"
-        norms = plural(len(layers), "layer")
-        yield Observation(
-            layer=layer,
-            message=f"{t:,} updates, but {usual:,} in {table[usual]} of {norms}: {meaning}.",
-            evidence={"num_batches_tracked": t, "usual": usual, "layers_at_usual": table[usual]},
-            severity=severity,
-            confidence=confidence,
-            rank=abs(math.log(t / usual)),
-        )
-
-
-@rule(
-    "S111",
-    "counter-missing",
-    severity=Severity.INFO,
-    confidence=Confidence.HIGH,
-    kinds=(NormKind.BATCH,),
     needs=("running_mean", "running_var"),
-    why="How much of the initial values is left (S104) cannot be computed without the number of updates.",
-    fix="none needed for inference; before training on, set num_batches_tracked or momentum on purpose",
-    reference="https://pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html",
+    why="A moving average kept in 16 bits stops moving once a step is smaller than its last digit.",
+    fix=f"if the model was only cast to 16 bits and back, nothing; otherwise {REESTIMATE} in float32",
+    reference="https://arxiv.org/abs/1710.03740",
+    limits={"channels": 16, "distinct": 8},
 )
-def counter_missing(layer: NormLayer, context: Context) -> Iterator[Observation]:
-    """Real statistics, but num_batches_tracked is absent or 0.
+def low_precision_ema(layer: NormLayer, context: Context) -> Iterator[Observation]:
+    """float32 buffers whose values all fit into bfloat16 or float16.
 
-    Converted from another framework, or saved before torch 0.4.1 introduced the counter. With
-    momentum=None the first training step would overwrite the statistics, since torch then averages over a
-    count that starts at 0.
+    By chance that happens to one value in thousands. Either the average was kept in 16 bits while training,
+    and then stalls as soon as momentum * |batch - average| is below half of the last digit (with momentum
+    0.01 and a true mean of 10 it stayed at 7.85 in bfloat16), or a finished model was cast down and up again,
+    which costs only rounding. The file cannot tell the two apart; re-estimating settles it.
 
-    Harmless for inference: six published healthy models have it in every layer. Frozen layers and exported
-    operators have no counter by design and are passed over; so is InstanceNorm, whose counter torch never
-    moves. Example: 52 layers of a converted MobileNetV2.
+    Example: all 512 values of a layer have the low 16 bits zero.
     """
-    updates = layer.numbers.updates
-    if layer.numbers.default_statistics or exported(layer) or frozen_class(layer):
+    mean, var, limits = layer.numbers.mean, layer.numbers.var, context.limits
+    assert mean is not None and var is not None and layer.running_mean is not None and layer.running_var is not None
+    if len(var) < limits["channels"] or {layer.running_mean.dtype, layer.running_var.dtype} != {"float32"}:
         return
-    if updates is None and layer.num_batches_tracked is not None:
-        return  # something is stored there, and it is no count
-    if updates is None or updates == 0:
-        said = "num_batches_tracked is " + ("not in the file" if updates is None else "0")
-        risk = ""
-        if layer.momentum == "cumulative":
-            risk = " momentum=None: the first training step would overwrite them."
-        yield Observation(
-            message=f"{said} although running_mean and running_var hold real values.{risk}",
-            evidence={"num_batches_tracked": updates},
-        )
+    used = _bits_used(var)
+    if used > FLOAT16_BITS:
+        return
+    used = max(used, _bits_used(mean))
+    if used > FLOAT16_BITS or np.unique(var).size < limits["distinct"]:
+        return
+    both_vectors = np.abs(np.concatenate([mean, var]))
+    stored = both_vectors[np.isfinite(both_vectors) & (both_vectors > 0)]
+    if used <= BFLOAT16_BITS:
+        kind = "bfloat16"
+    elif stored.size and stored.max() <= np.finfo(np.float16).max and stored.min() >= 2.0**-24:
+        kind = "float16"
+    else:
+        return
+    yield Observation(
+        message=(
+            f"All {2 * len(var)} values of running_mean and running_var fit into {kind} although they are "
+            "stored as float32: the average was kept in 16 bits, or the model was cast down and up again."
+        ),
+        channels=range(len(var)),
+        evidence={"fits": kind, "distinct_variances": int(np.unique(var).size)},
+    )
+
+
+FLOAT16_BITS = 10
+BFLOAT16_BITS = 7
+
+
+def _bits_used(values: Vector) -> int:
+    """How many of float32's 23 fraction bits any of the values uses, counted from the top.
+
+    A subnormal float16 is a normal float32 with still fewer bits, so the count serves both types."""
+    fraction = int(np.bitwise_or.reduce(values.astype(np.float32).view(np.uint32))) & 0x7FFFFF
+    return 23 - ((fraction & -fraction).bit_length() - 1) if fraction else 0
 
 
 @rule(
@@ -267,109 +264,6 @@ def momentum_contradiction(layer: NormLayer, context: Context) -> Iterator[Obser
     )
 
 
-@rule(
-    "S116",
-    "buffers-missing",
-    severity=Severity.WARNING,
-    confidence=Confidence.HIGH,
-    kinds=(NormKind.BATCH,),
-    scope=Scope.MODEL,
-    why="Loaded with strict=False the layer keeps its initial values without a word.",
-    fix="find where the keys were dropped (renaming, filtering) and save again; load with strict=True",
-    reference="https://github.com/mapillary/inplace_abn/issues/130",
-)
-def buffers_missing(layers: tuple[NormLayer, ...], context: Context) -> Iterator[Observation]:
-    """A BatchNorm lacks tensors that its siblings have.
-
-    Keys get lost when a checkpoint is filtered (only parameters saved, so all buffers gone), renamed for
-    another class, or put together from two. A layer that declares affine=False or track_running_stats=False
-    lacks nothing. Only the counter missing is info: it does not enter the output.
-
-    In a bare state_dict where no BatchNorm has statistics it may be track_running_stats=False for all of
-    them: medium confidence. Example: 19 of 20 layers have running_mean and running_var, layer4.1.bn2 has neither.
-    """
-    modules = [layer for layer in layers if not exported(layer)]
-    having = {part: sum(_has(layer, part) for layer in modules) for part in PARTS}
-    for layer in modules:
-        missing = [part for part in PARTS if not _has(layer, part) and not _declares_none(layer, part)]
-        others = len(modules) - 1
-        lost = [part for part in missing if 2 * having[part] > others]
-        confidence = None
-        if not lost and "statistics" in missing and layer.track_running_stats is None and layer.training is None:
-            lost, confidence = ["statistics"], Confidence.MEDIUM
-        if not lost:
-            continue
-        have = min(having[part] for part in lost)
-        words = both([field for part in lost for field in PARTS[part]])
-        if have:
-            where_else = f", but in {have} of {others} other BatchNorms"
-            if layer.affine is None and "statistics" not in lost:
-                where_else += "; dropped, or built with affine=False"
-        else:
-            nowhere = ", nor in any other BatchNorm" if others else ""
-            where_else = f"{nowhere}: dropped, or track_running_stats=False, or another norm named so"
-        yield Observation(
-            layer=layer,
-            message=f"{words}: not in the file{where_else}.",
-            evidence={"missing": lost, "siblings_having": have, "siblings": others},
-            severity=Severity.INFO if lost == ["num_batches_tracked"] else None,
-            confidence=confidence,
-            rank=len(lost),
-        )
-
-
-PARTS = {
-    "statistics": ("running_mean", "running_var"),
-    "weight": ("weight",),
-    "bias": ("bias",),
-    "num_batches_tracked": ("num_batches_tracked",),
-}
-
-
-def _has(layer: NormLayer, part: str) -> bool:
-    if part == "statistics":
-        return layer.running_mean is not None or layer.running_var is not None  # one of them: S117
-    return getattr(layer, part) is not None
-
-
-def _declares_none(layer: NormLayer, part: str) -> bool:
-    if part in ("weight", "bias"):
-        return layer.affine is False
-    if part == "num_batches_tracked" and frozen_class(layer):
-        return True
-    return layer.track_running_stats is False
-
-
-@rule(
-    "S117",
-    "mean-without-variance",
-    severity=Severity.ERROR,
-    confidence=Confidence.HIGH,
-    kinds=TRACKING_KINDS,
-    why="Half of the statistics is no statistics: the other half will be the initial value after loading.",
-    fix="find where the key was dropped or renamed and save again; load with strict=True",
-    reference="https://github.com/facebookresearch/video-nonlocal-net/issues/61",
-)
-def mean_without_variance(layer: NormLayer, context: Context) -> Iterator[Observation]:
-    """A layer has a running_mean but no running_var, or the other way round.
-
-    The two are always saved together, so one key was dropped or renamed on the way (moving_variance,
-    running_std). Loaded with strict=False the missing one stays 0 or 1. Exported operators, whose inputs may
-    be computed elsewhere in the graph, are passed over.
-
-    Example: layer3.bn has running_mean of 128 values and no running_var.
-    """
-    has, lacks = "running_mean", "running_var"
-    if (layer.running_mean is None) == (layer.running_var is None) or exported(layer):
-        return
-    if layer.running_mean is None:
-        has, lacks = lacks, has
-    yield Observation(
-        message=f"{has} is in the file ({layer.channels} values), {lacks} is not.",
-        evidence={"missing": lacks},
-    )
-
-
 ENOUGH_UPDATES = 44
 """After as many updates torch's default momentum of 0.1 leaves 1 %, where S104 becomes a warning."""
 
@@ -385,7 +279,8 @@ ENOUGH_UPDATES = 44
     why="If it is residue, eval divides by the wrong spread, and the file alone cannot show it.",
     fix="find the momentum the model was trained with, then: normdoctor inspect {path} --momentum VALUE",
     reference=BATCHNORM_PAPER,
-    limits={"least": 0.3, "spread": 4.0, "channels": 64},
+    # benchmarks/calibration.md: healthy nets have a variance below 0.3 somewhere; 80 % of residue lifts all above.
+    limits={"least": 0.6, "spread": 4.0, "channels": 64},
 )
 def residue_suspected(layers: tuple[NormLayer, ...], context: Context) -> Iterator[Observation]:
     """All running variances lie close to the initial 1, and the file does not say the momentum or the updates.
@@ -413,7 +308,7 @@ def residue_suspected(layers: tuple[NormLayer, ...], context: Context) -> Iterat
     if var.size < limits["channels"]:
         return
     least, largest = float(var.min()), float(var.max())
-    if not limits["least"] <= least < 1 or largest > limits["spread"] * least or largest >= 1 / limits["least"]:
+    if not limits["least"] <= least < 1 or largest > limits["spread"] * least:
         return
     updates = {layer.numbers.updates for layer in unknown}
     momenta = {layer.momentum for layer in unknown}
@@ -432,12 +327,10 @@ def residue_suspected(layers: tuple[NormLayer, ...], context: Context) -> Iterat
 
 
 RULES: tuple[Rule, ...] = (
+    untrained_model,
     never_updated_stats,
     warmup_residue,
-    counter_disagreement,
-    counter_missing,
+    low_precision_ema,
     momentum_contradiction,
-    buffers_missing,
-    mean_without_variance,
     residue_suspected,
 )

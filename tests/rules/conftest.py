@@ -26,7 +26,7 @@ def build(make_any_layer: Build) -> Build:
 
     def make(**overrides: Any) -> NormLayer:
         dtypes: Mapping[str, str] = overrides.pop("dtypes", {})
-        changes = {name: given for name, given in overrides.items() if isinstance(given, dict)}
+        changes = {n: given for n, given in overrides.items() if isinstance(given, dict) and n != "stored_names"}
         plain = {name: given for name, given in overrides.items() if name not in changes}
         healthy = make_any_layer(**plain)
         for name, given in changes.items():

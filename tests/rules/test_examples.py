@@ -29,6 +29,9 @@ FRESH = {
 }
 SPREAD = np.linspace(0.0, 1.0, 64)
 SQUEEZED = {"channels": 64, "num_batches_tracked": 216, "running_var": 0.82 + 0.1 * SPREAD}
+SYNC = "torch.nn.modules.batchnorm.SyncBatchNorm"
+TRACKED = {"running_mean": SPREAD[:16], "running_var": 0.5 + SPREAD[:16], "track_running_stats": True}
+DERF = {"kind": NormKind.DYNAMIC_TANH, "alpha": 0.5}
 GAINS = 1.0 + 0.1 * np.sin(np.arange(64))
 
 
@@ -138,6 +141,13 @@ STATISTICS = [
         at=[],
         severity=ERROR,
     ),
+    fires(
+        "S104",
+        "6 % cost a depthwise net 7 points",
+        {"momentum": 0.01, "num_batches_tracked": 280},
+        at=[],
+        severity=ERROR,
+    ),
     fires("S104", "some left", {"momentum": 0.01, "num_batches_tracked": 300}, at=[], severity=WARNING),
     fires("S104", "a trace left", {"momentum": 0.01, "num_batches_tracked": 600}, at=[], severity=INFO),
     fires(
@@ -209,6 +219,33 @@ STATISTICS = [
     fires("S106", "zeros of a converted EfficientNet", {"running_var": {6: 0.0}, "eps": 1e-3}, at=[6], severity=INFO),
     silent("S106", "small, but above eps", {"running_var": {6: 2e-5}}),
     silent("S106", "negative is S102's", {"running_var": {6: -1e-7}}),
+    fires(
+        "S107",
+        "placeholders of a conversion",
+        {"running_mean": np.zeros(16), "running_var": np.full(16, 0.5)},
+        at=range(16),
+        severity=WARNING,
+    ),
+    fires("S107", "only the mean was reset", {"running_mean": np.zeros(16)}, at=range(16), severity=WARNING),
+    fires(
+        "S107",
+        "the dead channels hold other values",
+        {
+            "channels": 32,
+            "running_mean": np.r_[np.zeros(8), np.full(24, 0.1)],
+            "running_var": np.r_[[FLOOR] * 8, [0.5] * 24],
+        },
+        at=range(8, 32),
+        severity=WARNING,
+    ),
+    silent("S107", "one channel differs", {"running_mean": np.r_[1e-9, np.zeros(15)]}),
+    silent("S107", "as created is S103's", FRESH | {"weight": GAINS[:16]}),
+    silent("S107", "all dead is S105's", {"running_mean": np.zeros(16), "running_var": np.full(16, FLOOR)}),
+    silent(
+        "S107",
+        "few channels may agree",
+        {"channels": 4, "running_mean": np.full(4, 0.5), "running_var": np.full(4, 0.5)},
+    ),
     fires("S108", "a large bias", {"running_mean": {1: 30.0}}, at=[1], severity=INFO),
     fires("S108", "inputs that were not normalised", {"running_mean": {1: 300.0}}, at=[1], severity=WARNING),
     silent("S108", "below 5 % of the channels", {"channels": 64, "running_mean": {1: 30.0}}),
@@ -244,6 +281,28 @@ STATISTICS = [
         "frozen classes have none",
         {"num_batches_tracked": None, "origin": "torchvision.ops.misc.FrozenBatchNorm2d"},
     ),
+    fires(
+        "S112",
+        "a soup of checkpoints",
+        *norms(2, num_batches_tracked=np.array(10812.5)),
+        at={None: []},
+        severity=WARNING,
+    ),
+    silent("S112", "whole counter stored as a float", {"num_batches_tracked": np.array(41.0)}),
+    silent("S112", "no number", {"num_batches_tracked": np.array(NAN)}),
+    fires(
+        "S114",
+        "the wrong key was looked up",
+        {},
+        {"weight": GAINS[:16]},
+        {"running_mean": 0.2 + SPREAD[:16]},
+        at={"bn0": range(16)},
+        severity=INFO,
+    ),
+    silent("S114", "one value differs", {}, {"running_var": {3: 0.61}}),
+    silent("S114", "as created", *norms(3, **FRESH | {"weight": GAINS[:16]})),
+    silent("S114", "placeholders are S107's", *norms(3, running_mean=np.full(16, 0.5), running_var=np.full(16, 0.5))),
+    silent("S114", "all dead", *norms(3, running_mean=np.zeros(16), running_var=np.full(16, FLOOR))),
     fires(
         "S113",
         "kept in bfloat16",
@@ -315,6 +374,7 @@ STATISTICS = [
     fires("S118", "momentum known", SQUEEZED | {"num_batches_tracked": None}, at={None: []}, severity=WARNING),
     silent("S118", "variances as spread as in any trained net", BARE | {"channels": 64}),
     silent("S118", "both known: S104 computes it", SQUEEZED),
+    silent("S118", "as near to 1 as a healthy dense net", BARE | SQUEEZED | {"running_var": 0.294 + 0.75 * SPREAD}),
     silent("S118", "few channels may be alike by chance", BARE | {"running_var": 0.82 + 0.1 * SPREAD[:16]}),
 ]
 
@@ -448,6 +508,10 @@ SETTINGS = [
     fires("C303", "only the last batch", {"momentum": 1.0}, at=[], severity=WARNING),
     silent("C303", "quick but usual", {"momentum": 0.3}),
     silent("C303", "plain average", {"momentum": "cumulative"}),
+    fires("C304", "throughout", *norms(3, momentum="cumulative"), at={None: []}, severity=INFO),
+    fires("C304", "in one layer", *norms(3), {"momentum": "cumulative"}, at={None: []}, severity=INFO),
+    silent("C304", "a moving average", *norms(3)),
+    silent("C304", "not said", BARE),
     fires("C305", "one layer differs, and it shows", *norms(4), {"eps": 0.1}, at={"bn4": []}, severity=WARNING),
     fires("C305", "one layer differs, without effect", *norms(4), {"eps": 1e-3}, at={"bn4": []}, severity=INFO),
     fires("C305", "no framework has it", *norms(2, eps=0.5), at={"bn0": [], "bn1": []}, severity=WARNING),
@@ -468,10 +532,22 @@ SETTINGS = [
     fires("C306", "one frozen", *norms(3, training=True), {"training": False}, at={"bn3": []}, severity=INFO),
     silent("C306", "all in eval mode", *norms(3)),
     silent("C306", "all in training mode is C314's", *norms(3, training=True)),
+    fires("C307", "a frozen backbone", *norms(3, requires_grad=False), {}, at={None: []}, severity=INFO),
+    fires("C307", "a LayerNorm", {"kind": NormKind.LAYER, "requires_grad": False}, at={None: []}, severity=INFO),
+    silent("C307", "all of them learn", *norms(3, requires_grad=True)),
+    silent("C307", "nothing to freeze", {"weight": None, "bias": None, "affine": False}),
+    fires("C308", "built so", {"kind": NormKind.INSTANCE, **TRACKED}, at=[], severity=WARNING),
+    fires("C308", "in a state_dict", BARE | {"kind": NormKind.INSTANCE, **TRACKED}, at=[], severity=WARNING),
+    silent("C308", "none by default", {"kind": NormKind.INSTANCE, "track_running_stats": False}),
+    silent("C308", "torch passes over them", {"kind": NormKind.INSTANCE, **TRACKED, "track_running_stats": False}),
+    silent("C308", "a BatchNorm is meant to", {}),
+    fires("C309", "in a checkpoint", {"origin": SYNC}, {}, at={None: []}, severity=INFO),
+    fires("C309", "on its way to int8", {"origin": SYNC}, at={None: []}, severity=WARNING, precision="int8"),
+    silent("C309", "the plain class", {"origin": "torch.nn.modules.batchnorm.BatchNorm2d"}),
+    silent("C309", "no class said", {}),
     fires("C310", "the file says so", {}, at={None: []}, severity=INFO, averaged="n_averaged = 12"),
-    fires("C310", "a counter with a fraction", {"num_batches_tracked": np.array(41.5)}, at={None: []}, severity=INFO),
+    silent("C310", "a counter with a fraction is S112's", {"num_batches_tracked": np.array(41.5)}),
     silent("C310", "no statistics to be old", {"kind": NormKind.LAYER}, averaged="n_averaged = 12"),
-    silent("C310", "whole counter stored as a float", {"num_batches_tracked": np.array(41.0)}),
     fires("C311", "pruned without its buffers", {"weight": np.ones(12), "bias": np.ones(12)}, at=[], severity=ERROR),
     fires(
         "C311",
@@ -485,6 +561,15 @@ SETTINGS = [
         "a LayerNorm over two axes",
         {"kind": NormKind.LAYER, "weight": np.ones((4, 4)), "bias": np.ones((4, 4))},
     ),
+    fires(
+        "C312",
+        "Keras",
+        *norms(2, stored_names={"weight": "gamma", "running_mean": "moving_mean"}),
+        at={None: []},
+        severity=INFO,
+    ),
+    fires("C312", "DataParallel", {"wrappers": ("module",)}, at={None: []}, severity=INFO),
+    silent("C312", "torch's own names", *norms(2)),
     fires(
         "C313", "half of the layer cast", {"dtypes": {"weight": "float16", "bias": "float16"}}, at=[], severity=WARNING
     ),
@@ -565,6 +650,25 @@ TRANSFORMERS = [
     silent("T701", "each has its own", *[token_norm(np.r_[np.roll(np.r_[4.0, np.ones(63)], n)]) for n in range(8)]),
     silent("T701", "a BatchNorm has no tokens", {"weight": {3: 50.0}}),
     fires(
+        "T702",
+        "rotated, with norms of queries left",
+        *[token_norm(np.ones(64)) for _ in range(4)],
+        token_norm(centred(0.8)),
+        at={None: []},
+        severity=INFO,
+    ),
+    fires(
+        "T702",
+        "1 + weight",
+        *[token_norm(np.zeros(64), zero_centred=True) for _ in range(4)],
+        token_norm(centred(0.1), zero_centred=True),
+        at={None: []},
+        severity=INFO,
+    ),
+    silent("T702", "a fresh model", *[token_norm(np.ones(64)) for _ in range(4)]),
+    silent("T702", "few of many", *[token_norm(np.ones(64)) for _ in range(3)], *map(with_outliers, range(4))),
+    silent("T702", "a shift that learnt", *[token_norm(np.ones(64), bias=centred(0.0)) for _ in range(4)]),
+    fires(
         "T703", "Gemma", token_norm(centred(0.0), zero_centred=True, zero_centred_by_class=True), at=[], severity=INFO
     ),
     fires(
@@ -591,8 +695,23 @@ TRANSFORMERS = [
     fires("T707", "NaN", {"kind": NormKind.DYNAMIC_TANH, "alpha": NAN}, at=range(16), severity=ERROR),
     fires("T707", "tiny", {"kind": NormKind.DYNAMIC_TANH, "alpha": 1e-3}, at=[], severity=WARNING),
     fires("T707", "huge", {"kind": NormKind.DYNAMIC_TANH, "alpha": -11.0}, at=[], severity=WARNING),
+    fires("T707", "past 20 times its start", {"kind": NormKind.DYNAMIC_TANH, "alpha": 10.5}, at=[], severity=WARNING),
+    silent("T707", "many times its start", {"kind": NormKind.DYNAMIC_TANH, "alpha": 9.5}),
     fires("T707", "negative", {"kind": NormKind.DYNAMIC_TANH, "alpha": -0.5}, at=[], severity=INFO),
     silent("T707", "as in a 70B model", {"kind": NormKind.DYNAMIC_TANH, "alpha": 0.05}),
+    fires("T709", "far off", DERF | {"inner_shift": -2.4}, at=[], severity=WARNING),
+    fires("T709", "NaN", DERF | {"inner_shift": NAN}, at=range(16), severity=ERROR),
+    fires("T709", "a tenth of the slope is left", DERF | {"inner_shift": 1.6}, at=[], severity=WARNING),
+    silent("T709", "small", DERF | {"inner_shift": -1.4}),
+    silent("T709", "a DynamicTanh has none", DERF),
+    fires("T710", "as many as channels", {"kind": NormKind.GROUP, "groups": 16}, at=[], severity=INFO),
+    silent("T710", "two channels each", {"kind": NormKind.GROUP, "groups": 8}),
+    silent("T710", "one channel in all", {"kind": NormKind.GROUP, "channels": 1, "groups": 1}),
+    fires("T711", "for int8", token_norm(centred(1.0)), at={None: []}, severity=INFO, precision="int8"),
+    fires("T711", "for fp16", {"kind": NormKind.LAYER}, at={None: []}, severity=INFO, precision="fp16"),
+    silent("T711", "no target", token_norm(centred(1.0))),
+    silent("T711", "bf16 has the range of float32", token_norm(centred(1.0)), precision="bf16"),
+    silent("T711", "a BatchNorm has no bound", {}, precision="int8"),
     fires(
         "T712",
         "two conventions",
@@ -711,17 +830,37 @@ def test_messages_name_the_numbers(judge) -> None:
 
 
 def test_confidence_follows_the_evidence(judge) -> None:
-    fraction = {"num_batches_tracked": np.array(41.5)}
-    levels = [
-        judge(given, codes={"C310"}, averaged=averaged).findings[0].confidence
-        for given, averaged in (({}, "n_averaged = 12"), (fraction, None), (fraction, "n_averaged = 12"))
-    ]
-    assert levels[0] == levels[1] < levels[2]
+    fresh_norm = {"kind": NormKind.LAYER, "weight": np.ones(16), "bias": np.zeros(16)}
+    (tokens,) = judge(fresh_norm, fresh_norm, codes={"S100"}).findings
+    (mixed,) = judge(fresh_norm, FRESH, codes={"S100"}).findings
+    assert tokens.confidence < mixed.confidence, "folded gains look like a fresh transformer"
     gone = BARE | GONE
     (alone,) = judge(gone, codes={"S116"}).findings
     (among,) = judge(BARE, BARE, gone, codes={"S116"}).findings
     assert alone.confidence < among.confidence
     assert "track_running_stats=False" in alone.message and "2 of 2 other" in among.message
+
+
+def test_messages_of_facts_name_what_they_are_about(judge) -> None:
+    named = {"stored_names": {"weight": "gamma", "bias": "beta"}, "wrappers": ("module", "_orig_mod")}
+    (foreign,) = judge(named, named, codes={"C312"}).findings
+    assert foreign.message == (
+        "gamma read as weight in 2 layers; beta read as bias in 2 layers; module. and _orig_mod. left out of 2 paths."
+    )
+    (half,) = judge({"requires_grad": False, "training": True}, {"requires_grad": True}, codes={"C307"}).findings
+    assert "1 of 2 norm layers (bn0)" in half.message and "statistics still move" in half.message
+    (copied,) = judge({}, {"weight": GAINS[:16]}, {"bias": GAINS[:16]}, codes={"S114"}).findings
+    assert copied.evidence["same_as"] == ["bn1", "bn2"] and "differ" in copied.message
+    (whole,) = judge({}, {}, codes={"S114"}).findings
+    assert "agree as well" in whole.message
+
+
+def test_an_average_and_its_counter_are_said_once_each(judge) -> None:
+    layer = {"num_batches_tracked": np.array(5000.5)}
+    assert [f.code for f in judge(layer, layer, averaged="n_averaged = 2").findings if f.code != "S114"] == [
+        "S112",
+        "C310",
+    ]
 
 
 def test_calls_on_load_are_named_worst_first(judge) -> None:

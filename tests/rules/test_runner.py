@@ -37,6 +37,7 @@ def test_a_bare_state_dict_skips_the_rules_about_eps_momentum_and_mode(judge) ->
         "C301": {"training"},
         "C302": {"momentum"},
         "C303": {"momentum"},
+        "C304": {"momentum"},
         "C305": {"eps"},
         "C306": {"training"},
         "C314": {"training"},
@@ -255,6 +256,12 @@ def layers(draw: Any) -> dict[str, Any]:
         st.sampled_from([None, 0, 1, 7, 216, 5000, 2**53, -3, np.array(2.5), np.array(np.nan), np.array(np.inf)])
     )
     given_["alpha"] = draw(st.sampled_from([None, np.array(0.5), np.array(np.nan), np.zeros(3), np.zeros(0)]))
+    given_["inner_shift"] = draw(
+        st.sampled_from([None, np.array(-0.5), np.array(np.inf), np.full(1, 3.0), np.zeros(0)])
+    )
+    given_["groups"] = draw(st.sampled_from([None, 1, channels, -3]))
+    given_["stored_names"] = draw(st.sampled_from([{}, {"weight": "gamma"}]))
+    given_["wrappers"] = draw(st.sampled_from([(), ("module",)]))
     given_["eps"] = draw(st.sampled_from([None, 0.0, 0, 1e-5, 1e-12, 1e-3, 7.0, -1e-5, float("nan"), float("inf")]))
     given_["momentum"] = draw(
         st.sampled_from([None, "cumulative", 0, 0.0, 0.1, 1e-9, 0.99, 1, 1.0, 2.0, -0.1, float("nan")])
