@@ -1,6 +1,6 @@
 """Time `normdoctor inspect` against the usual way of loading the same checkpoint.
 
-    python benchmarks/inspect.py [--size-gb 1] [--sparse-gb 10] [--runs 5] [--only FORMAT ...] [--directory DIR]
+    python benchmarks/speed.py [--size-gb 1] [--sparse-gb 10] [--runs 5] [--only FORMAT ...] [--directory DIR]
 
 Builds a checkpoint in the manner of ResNet-152 (149 BatchNorm layers, 596 norm vectors beside the counters) in
 every format: one full of numbers, and a larger one with holes where most of the convolutions would be, which
@@ -11,18 +11,13 @@ into memory, it is run only once. Exit status 1 if a command failed.
 
 from __future__ import annotations
 
-import sys
-
-# Python puts a script's own folder first on sys.path, and there this file would stand in for the module of the
-# standard library that dataclasses and torch import.
-sys.path.pop(0)
-
 import argparse
 import json
 import multiprocessing
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections import OrderedDict
@@ -82,9 +77,10 @@ class HoleyFile:
 
 
 def build_net(size: float, holes: bool) -> nn.Module:
-    """Bottleneck blocks of plain torch modules, wide enough for about `size` bytes.
+    """Bottleneck blocks of plain torch modules, one after another, wide enough for about `size` bytes.
 
-    For reading only: nothing adds the shortcuts. With `holes`, convolutions are zeros that take no memory.
+    Nothing adds the shortcuts, whose convolutions stand in the row as well. With `holes`, convolutions are zeros
+    that take no memory.
     """
     import numpy as np
     import torch
@@ -118,7 +114,7 @@ def build_net(size: float, holes: bool) -> nn.Module:
                 block = conv_norm(inputs, middle, 1, "1") + conv_norm(middle, middle, 3, "2")
                 block += conv_norm(middle, outputs, 1, "3")
                 if index == 0:
-                    block.append(("downsample", nn.Sequential(OrderedDict(conv_norm(inputs, outputs, 1)))))
+                    block.append(("downsample", nn.Sequential(OrderedDict(conv_norm(outputs, outputs, 1)))))
                 stack.append(nn.Sequential(OrderedDict(block)))
                 inputs = outputs
             parts.append((f"layer{stage + 1}", nn.Sequential(*stack)))
@@ -205,6 +201,18 @@ def write_module(net: nn.Module, path: Path) -> None:
         torch.save(net, file)
 
 
+def write_torchscript(net: nn.Module, path: Path) -> None:
+    import torch
+
+    torch.jit.save(torch.jit.script(net), path)
+
+
+def write_exported(net: nn.Module, path: Path) -> None:
+    import torch
+
+    torch.export.save(torch.export.export(net, (torch.zeros(1, 3, 128, 128),)), path)
+
+
 # Measuring -----------------------------------------------------------------------------------------------
 
 
@@ -216,6 +224,8 @@ class Format:
     """The usual way to load it, as Python code; the file is `path`."""
     maps: bool
     """Whether the usual way leaves the numbers on the disk until they are used."""
+    holes: bool = True
+    """Whether it can be written with holes; torch's own writers want all of it in memory."""
 
 
 FORMATS = {
@@ -229,6 +239,8 @@ FORMATS = {
         maps=True,
     ),
     "onnx": Format(".onnx", write_onnx, "import onnx; onnx.load(path)", maps=False),
+    "torchscript": Format(".pt", write_torchscript, "import torch; torch.jit.load(path)", maps=False, holes=False),
+    "pt2": Format(".pt2", write_exported, "import torch; torch.export.load(path)", maps=False, holes=False),
 }
 
 
@@ -325,6 +337,8 @@ def main() -> int:
         directory.mkdir(parents=True, exist_ok=True)
         for gigabytes, holes in ((options.size_gb, False), (options.sparse_gb, True)):
             for kind in options.only if gigabytes else ():
+                if holes and not FORMATS[kind].holes:
+                    continue
                 keep = options.directory is not None
                 try:
                     row = examine(kind, gigabytes * 1e9, holes, directory.resolve(), options.runs, keep)

@@ -131,3 +131,23 @@ def test_doctests() -> None:
         assert result.failed == 0, found.name
         attempted += result.attempted
     assert attempted > 3
+
+
+def test_the_settings_shown_are_read(tmp_path: Path) -> None:
+    from normdoctor import configuration
+
+    shown = README.split("<!-- settings -->\n```toml\n")[1].split("```")[0]
+    path = tmp_path / "pyproject.toml"
+    path.write_text(shown, encoding="utf-8")
+    config = configuration.read(path)
+    assert config.origins.keys() == {
+        "select",
+        "ignore",
+        "fail_on",
+        "target",
+        "baseline",
+        "per_layer_ignores",
+        "thresholds",
+    }
+    unshown = configuration.READERS.keys() - {name.replace("_", "-") for name in config.origins}
+    assert all(f"`{key}" in README for key in unshown)

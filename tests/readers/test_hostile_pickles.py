@@ -25,7 +25,8 @@ from normdoctor.errors import InputError
 from normdoctor.inspection import inspect
 from normdoctor.layers import Checkpoint, Danger, LoadCall
 from normdoctor.readers import open_checkpoint, pickle_machine
-from normdoctor.readers.pickle_machine import MAX_LITERAL, PickleMachine, Skipped
+from normdoctor.readers.pickle_machine import MAX_LITERAL, PickleMachine
+from normdoctor.readers.pickle_records import Skipped
 
 Wrap = Callable[..., Path]
 
