@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -63,13 +64,16 @@ def survey(paths: str | Path | Iterable[str | Path], *, jobs: int = 1, **options
     jobs: how many processes share the work; 0 for one for each core. options: those of `inspect`.
 
     Raises UsageError for a wrong option, before any file is read, and for a layer glob that matches nothing."""
-    from normdoctor.readers.folders import find_checkpoints
-
     _check_options(options)
     targets: list[Path] = []
     failures: list[Failure] = []
     passed_over = 0
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        if os.path.isfile(path):  # noqa: PTH113  Path.is_file raises for names that are too long
+            targets.append(Path(path))
+            continue
+        from normdoctor.readers.folders import find_checkpoints
+
         try:
             found = find_checkpoints([path])
             targets += found.targets
@@ -95,8 +99,6 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def _outcomes(targets: Sequence[Path], options: Mapping[str, Any], jobs: int) -> Iterator[Report | Failure]:
-    import os
-
     if jobs < 0:
         raise UsageError(f"jobs must be at least 1, not {jobs}", "0 takes as many as there are cores.")
     jobs = min(jobs or os.cpu_count() or 1, len(targets))

@@ -133,11 +133,34 @@ def _open_file(path: Path, shard: bool = False) -> Checkpoint:
 
 def _read_several_files(source: Source) -> Checkpoint | None:
     """The checkpoint whose index or metadata the file is, None for any other file."""
-    from normdoctor.readers import distributed, sharded
+    head = source.read_at(0, min(source.size, 1))
+    if head == b"\x80":  # the pickle of a distributed checkpoint's metadata, or a checkpoint of torch before 1.6
+        from normdoctor.readers import distributed
 
-    if sharded.is_index(source):
-        return sharded.read(source, lambda path: _open_file(path, shard=True))
-    return distributed.read(source) if distributed.is_metadata(source) else None
+        return distributed.read(source) if distributed.is_metadata(source) else None
+    if head in (b"{", b" ", b"\n", b"\r", b"\t"):  # JSON
+        from normdoctor.readers import sharded
+
+        if sharded.is_index(source):
+            return sharded.read(source, lambda path: _open_file(path, shard=True))
+    return None
+
+
+def _read_zip(source: Source) -> Checkpoint:
+    from normdoctor.readers import torch_pickle
+
+    records = torch_pickle.ZipRecords(source)
+    if torch_pickle.is_exported(records):
+        from normdoctor.readers import torch_export
+
+        return torch_export.read(source, records)
+    if torch_pickle.is_torchscript(records):
+        from normdoctor.readers import torchscript
+
+        return torchscript.read(source, records)
+    if records.root is None:
+        raise torch_pickle.explain_other_zip(source.path, records)
+    return torch_pickle.read_zip(source, records)
 
 
 def _read(source: Source) -> Checkpoint:
@@ -148,17 +171,10 @@ def _read(source: Source) -> Checkpoint:
         raise InputError(
             f"{path}: what one rank wrote of a torch distributed checkpoint", f"Give its folder: {path.parent}"
         )
-    from normdoctor.readers import safetensors, torch_export, torch_pickle, torchscript
+    from normdoctor.readers import safetensors, torch_pickle
 
     if torch_pickle.is_zip(source):
-        records = torch_pickle.ZipRecords(source)
-        if torch_export.is_package(records):
-            return torch_export.read(source, records)
-        if records.root is None:
-            raise torch_pickle.explain_other_zip(path, records)
-        if torchscript.is_torchscript(records):
-            return torchscript.read(source, records)
-        return torch_pickle.read_zip(source, records)
+        return _read_zip(source)
     if torch_pickle.is_tar(source):
         raise InputError(
             f"{path}: a tar archive, not a checkpoint that normdoctor reads",

@@ -76,11 +76,7 @@ class Source:
 
     def read_at(self, offset: int, count: int) -> bytes:
         """Exactly `count` bytes from `offset`; InputError where the file ends before."""
-        if offset < 0 or count < 0 or offset + count > self.size:
-            raise InputError(
-                f"{self.path}: bytes {offset:,} to {offset + count:,} lie beyond the end ({self.size:,} bytes)",
-                "The file is truncated or damaged; copy or download it again.",
-            )
+        self._check_within(offset, count)
         parts = []
         try:
             self._file.seek(offset)
@@ -94,6 +90,13 @@ class Source:
         except OSError as error:
             raise unreadable(self.path, error) from None
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _check_within(self, offset: int, count: int) -> None:
+        if offset < 0 or count < 0 or offset + count > self.size:
+            raise InputError(
+                f"{self.path}: bytes {offset:,} to {offset + count:,} lie beyond the end ({self.size:,} bytes)",
+                "The file is truncated or damaged; copy or download it again.",
+            )
 
     def part(self, offset: int, size: int, name: str) -> Source:
         """`size` bytes from `offset` as a file of its own: an archive that lies in another one."""
@@ -130,11 +133,7 @@ class Part(Source):
         self.bytes_read = 0
 
     def read_at(self, offset: int, count: int) -> bytes:
-        if offset < 0 or count < 0 or offset + count > self.size:
-            raise InputError(
-                f"{self.path}: bytes {offset:,} to {offset + count:,} lie beyond the end ({self.size:,} bytes)",
-                "The file is truncated or damaged; copy or download it again.",
-            )
+        self._check_within(offset, count)
         return self._whole.read_at(self._offset + offset, count)
 
     def close(self) -> None:

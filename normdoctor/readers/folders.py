@@ -33,9 +33,6 @@ OPTIMIZER_FOLDER = re.compile(r"^optimizer(_\d+)?$")
 MODEL_SUFFIXES = frozenset({".pt", ".bin", ".pth", ".ckpt", ".safetensors", ".onnx", ".pt2", ".ts", ".jit"})
 """What is empty, a Git LFS pointer, or cannot be opened under such a name is reported, not passed over."""
 
-EXPORTED = re.compile(r"^([^/]+/)?(archive_format|serialized_exported_program\.json)$")
-"""Records that only torch.export.save writes."""
-
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -283,7 +280,7 @@ def _is_candidate(path: Path) -> bool:
 def _is_zipped_model(source: Source, named: bool) -> bool:
     try:
         records = torch_pickle.ZipRecords(source)
-        return records.root is not None or any(EXPORTED.match(name) for name in records.infos)
+        return records.root is not None or torch_pickle.is_exported(records)
     except InputError:
         return named  # truncated, or made to mislead: opening it says so
 

@@ -25,6 +25,7 @@ from normdoctor.readers.naming import (
 from normdoctor.readers.norm_classes import (
     EPS_NAMES,
     FROZEN_CLASS,
+    NO_NORM_CLASSES,
     declared_width,
     kind_of_attributes,
     kind_of_class,
@@ -129,8 +130,9 @@ def _look_at(name: str, module: ModuleRecord, walk: _Walk) -> None:
             weight = tensors.get("weight")
             walk.misses.append(NearMiss(name=name, shape=weight.shape if weight else (), reason=found))
         # An unknown class is taken for a norm only with running statistics or a norm's own name.
-        own = class_names[0].rpartition(".")[2].lower()
-        if not isinstance(found, Recognised) or not ("running_var" in found.tensors or "norm" in own):
+        own = class_names[0].rpartition(".")[2]
+        named = "norm" in own.lower() and own not in NO_NORM_CLASSES
+        if not isinstance(found, Recognised) or not (named or "running_var" in found.tensors):
             return
         kind, channels, fields = found.kind, found.channels, dict(found.tensors)
     else:

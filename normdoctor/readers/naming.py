@@ -177,6 +177,9 @@ def recognise(group: Group) -> Recognised | str | None:
     elif others:
         kinds = {EVO_OR_FRN_MEMBERS.get(name) for name in others if name not in ("eps", "eps_l")}
         kind = next(iter(kinds)) if len(kinds) == 1 else None
+        if kind is None and group.named_like_norm and all(size_of(tensor) == 1 for tensor in others.values()):
+            # A quantised norm has its scale and zero point beside it, an eps may be a buffer.
+            kind = _kind_by_name(group, NormKind.LAYER_OR_RMS if bias is None else NormKind.LAYER_OR_GROUP)
         if kind is None:
             return None if any(len(tensor.shape) > 1 for tensor in others.values()) else "other tensors beside it"
         found = Recognised(kind, size_of(weight), vectors)

@@ -10,8 +10,10 @@ from typing import Any
 from normdoctor.layers import NormKind
 from normdoctor.readers.arrays import MAX_ELEMENTS
 
-KINDS_BY_NAME: tuple[tuple[str, NormKind], ...] = (
-    (r"RMS_?[Nn]orm|RmsNorm|^T5LayerNorm$|^SimpleRMS", NormKind.RMS),
+KINDS_BY_NAME: tuple[tuple[str, NormKind | None], ...] = (
+    (r"Linear$", None),
+    (r"RMS_?[Nn]orm|RmsNorm|^SimpleRMS", NormKind.RMS),
+    (r"T5LayerNorm$|^(SwitchTransformers|Udop|Pop2Piano|Pix2Struct|Kosmos2_5|ImageGPT|CpmAnt)LayerNorm$", NormKind.RMS),
     (r"BatchNorm|^(InPlace)?ABN(Sync)?$|^InplaceAbn$|^BatchRenorm", NormKind.BATCH),
     (r"InstanceNorm", NormKind.INSTANCE),
     (r"LayerNorm", NormKind.LAYER),
@@ -20,7 +22,13 @@ KINDS_BY_NAME: tuple[tuple[str, NormKind], ...] = (
     (r"^FilterResponseNorm|^FRN", NormKind.FILTER_RESPONSE),
     (r"^DynamicTanh$|^DyT$|^Derf$|^Dynamic_?[Ee]rf$", NormKind.DYNAMIC_TANH),
 )
-"""Searched in order in the class's own name: torch, torchvision, timm, detectron2, apex, transformers, the papers."""
+"""Searched in order in the class's own name: torch, torchvision, timm, detectron2, apex, transformers, the papers.
+
+The LayerNorms of T5 and its like subtract no mean. LayerNormLinear of Transformer Engine is the linear layer, with
+a norm in front whose tensors have names of their own."""
+
+NO_NORM_CLASSES = frozenset({"NoNorm"})
+"""Classes that are called norms and normalise nothing: MobileBERT's scale and shift."""
 
 FROZEN_CLASS = re.compile(r"Frozen")
 """FrozenBatchNorm2d and its like always use their buffers; their training flag means nothing."""
@@ -35,6 +43,15 @@ ZERO_CENTRED_CLASSES = frozenset(
         "VaultGemmaRMSNorm",
         "Qwen3NextRMSNorm",
         "Qwen3_5RMSNorm",
+        "Qwen3_5MoeRMSNorm",
+        "Qwen4ExpTextRMSNorm",
+        "T5Gemma2RMSNorm",
+        "MiniMaxM3VLRMSNorm",
+        "MuseGlimmerTextCenteredRMSNorm",
+        "MuseSparkTextCenteredRMSNorm",
+        "MuseSparkTextInputScaledRMSNorm",
+        "Step3p7RMSNorm",
+        "VideoPrismLayerNorm",
         "NemotronLayerNorm1P",
     }
 )
@@ -63,9 +80,9 @@ def kind_of_class(class_names: Sequence[str]) -> NormKind | None:
     """The kind of norm that a class (its full name, then those of its bases) implements, None for no norm."""
     for full_name in class_names:
         name = full_name.rpartition(".")[2].removeprefix("Parametrized")
-        for pattern, kind in KINDS_BY_NAME:
-            if re.search(pattern, name):
-                return kind
+        kind = next((kind for pattern, kind in KINDS_BY_NAME if re.search(pattern, name)), None)
+        if kind is not None:
+            return kind
     return None
 
 

@@ -111,14 +111,6 @@ class _Package:
         return [name[len(prefix) :] for name in self.records.infos if name.lower().startswith(prefix)]
 
 
-def is_package(records: ZipRecords) -> bool:
-    """Whether the records are those of torch.export.save or of torch._inductor's packages."""
-    root = _root(records)
-    return OLD_PROGRAM in records.infos or any(
-        name.startswith((root + MODELS, root + COMPILED)) for name in records.infos
-    )
-
-
 def _root(records: ZipRecords) -> str:
     """The folder of the first record, with its slash: what torch takes for the root."""
     first = next(iter(records.infos), "")

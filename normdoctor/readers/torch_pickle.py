@@ -8,6 +8,7 @@ each key its element count as 8 bytes and its elements.
 from __future__ import annotations
 
 import io
+import re
 import struct
 import tarfile
 import zipfile
@@ -322,6 +323,20 @@ def _checkpoint(
         count_bytes_read=lambda: source.bytes_read,
         on_close=source.close,
     )
+
+
+EXPORTED = re.compile(r"serialized_exported_program\.json|[^/]+/(archive_format|data/aotinductor/.*)", re.IGNORECASE)
+"""Records by which torch.export.load knows its packages; it looks names up without regard to case."""
+
+
+def is_exported(records: ZipRecords) -> bool:
+    """Whether the records are those of torch.export.save, or of torch's packages of compiled code."""
+    return any(map(EXPORTED.fullmatch, records.infos))
+
+
+def is_torchscript(records: ZipRecords) -> bool:
+    """Whether the records are those of torch.jit.save."""
+    return records.root is not None and f"{records.root}constants.pkl" in records.infos
 
 
 OTHER_ZIPS = (

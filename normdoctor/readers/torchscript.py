@@ -71,11 +71,6 @@ FROZEN = (
 )
 
 
-def is_torchscript(records: ZipRecords) -> bool:
-    """Whether a torch zip is an archive of torch.jit.save. records.root must not be None."""
-    return f"{records.root}constants.pkl" in records.infos
-
-
 def read(source: Source, records: ZipRecords) -> Checkpoint:
     """The module in a TorchScript archive. records.root must not be None."""
     pickled, reader = unpickle_zip(source, records)

@@ -51,6 +51,8 @@ EvoNorm2dS0, FilterResponseNormTlu2d = make("EvoNorm2dS0", v=SIX, bias=SIX), mak
 DynamicTanh = make("DynamicTanh", alpha=torch.ones(1), bias=SIX)
 Bn = make("Bn", nn.BatchNorm2d)
 LayerNorm2d, GroupNorm1 = make("LayerNorm2d", nn.LayerNorm), make("GroupNorm1", nn.GroupNorm)
+NoNorm = make("NoNorm", bias=SIX)
+LayerNormLinear = make("LayerNormLinear", nn.Linear, layer_norm_weight=SIX, layer_norm_bias=SIX)
 MyFancyNorm, NormalizedLinear = make("MyFancyNorm", bias=SIX), make("NormalizedLinear")
 Block = make("NormFreeBlock", nn.Identity)
 
@@ -74,6 +76,9 @@ KINDS = [
     (nn.RMSNorm(6), NormKind.RMS),
     (LlamaRMSNorm(), NormKind.RMS),
     (T5LayerNorm(), NormKind.RMS),
+    (make("MT5LayerNorm")(), NormKind.RMS),
+    (make("ImageGPTLayerNorm")(), NormKind.RMS),
+    (make("CohereLayerNorm")(), NormKind.LAYER),
     (EvoNorm2dS0(), NormKind.EVO),
     (FilterResponseNormTlu2d(), NormKind.FILTER_RESPONSE),
     (DynamicTanh(), NormKind.DYNAMIC_TANH),
@@ -98,7 +103,7 @@ def test_kinds(module: nn.Module, kind: NormKind, look: Callable[..., tuple[Norm
 
 NO_NORMS = [
     nn.PReLU(6), nn.Embedding(6, 6), nn.Linear(6, 1), nn.Conv1d(6, 6, 3), nn.GRU(6, 6), nn.MultiheadAttention(6, 2),
-    nn.utils.spectral_norm(nn.Linear(6, 6)), NormalizedLinear(), Block(), nn.LocalResponseNorm(2), nn.Softmax(),
+    nn.utils.spectral_norm(nn.Linear(6, 6)), NormalizedLinear(), Block(), NoNorm(), LayerNormLinear(6, 6), nn.LocalResponseNorm(2), nn.Softmax(),
 ]  # fmt: skip
 
 
@@ -129,6 +134,7 @@ SETTINGS: list[tuple[nn.Module, dict[str, Any]]] = [
     (nn.RMSNorm(6), {"eps": None, "zero_centred": False}),  # torch then takes the dtype's own epsilon
     (LlamaRMSNorm(variance_epsilon=1e-6), {"eps": 1e-6, "zero_centred": False}),
     (GemmaRMSNorm(eps=1e-6), {"eps": 1e-6, "zero_centred": True}),
+    (make("VideoPrismLayerNorm", nn.LayerNorm)(6), {"kind": NormKind.LAYER, "zero_centred": True}),
     (make("RMSNorm")(zero_centered_gamma=True, _eps=1e-4), {"eps": 1e-4, "zero_centred": True}),
     (nn.LayerNorm(6).requires_grad_(False), {"requires_grad": False}),
     (nn.LayerNorm(6), {"requires_grad": True}),

@@ -87,6 +87,9 @@ NORMS: dict[str, tuple[dict[str, Any], NormKind]] = {
     "EvoNorm-S0": (of("norm", v=C, **AFFINE), NormKind.EVO),
     "EvoNorm-B0": (of("norm", v=C, running_var=C, **AFFINE), NormKind.EVO),
     "FRN with TLU": (of("norm", tau=C, **AFFINE), NormKind.FILTER_RESPONSE),
+    "quantised LayerNorm": (of("output.LayerNorm", **AFFINE, scale=(), zero_point=()), LAYER),
+    "LayerNorm of I-BERT": (of("output.LayerNorm", **AFFINE, shift=1), LAYER),
+    "RMSNorm with eps as a buffer": (of("final_norm", weight=C, eps=()), GAIN),
     "FRN that learns eps": (of("norm", tau=C, eps_l=1, **AFFINE), NormKind.FILTER_RESPONSE),
 }
 
@@ -128,6 +131,8 @@ FRIENDS = {
     "image normaliser": of("preprocess", mean=3, std=3),
     "image normaliser with axes": of("preprocess", mean=(1, 3, 1, 1), std=(1, 3, 1, 1)),
     "scalar statistics": of("value_norm", running_mean=(), running_var=()),
+    "quantised PReLU": of("features.2", weight=C, scale=(), zero_point=()),
+    "a norm's weight beside something else": of("norm1", **AFFINE, codebook=(8, C)),
     "lengths differ": of("head.2", weight=C, bias=2 * C),
     "Mamba": of("mixer", A_log=(C, 8), D=C, dt_bias=C),
     "one weight, one bias": of("to_logits.0", weight=1, bias=1),
