@@ -340,6 +340,7 @@ def is_torchscript(records: ZipRecords) -> bool:
 
 
 OTHER_ZIPS = (
+    ("models/model.json", "a package of torch.export without its archive_format"),
     (".npy", "a NumPy archive (.npz)"),
     ("model.weights.h5", "a Keras archive"),
     ("[Content_Types].xml", "an Office document"),
@@ -349,12 +350,12 @@ OTHER_ZIPS = (
 
 def explain_other_zip(path: Path, records: ZipRecords) -> InputError:
     """Why a zip file without data.pkl is not a checkpoint we read."""
-    found = "a zip file"
+    found = "a zip file without a data.pkl"
     for ending, words in OTHER_ZIPS:
         if any(name.endswith(ending) for name in records.infos):
             found = words
             break
     return InputError(
-        f"{path}: {found} without a data.pkl: not a checkpoint that normdoctor reads",
+        f"{path}: {found}, not a checkpoint that normdoctor reads",
         "normdoctor reads files of torch.save, torch.jit.save and torch.export.save, safetensors and ONNX.",
     )

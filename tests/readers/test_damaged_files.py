@@ -178,7 +178,11 @@ OTHERS: dict[str, tuple[bytes, str]] = {
     "a web page": (b"<!DOCTYPE html><html></html>", "HTML page"),
     "a bare pickle": (pickle.dumps({"a": 1}), "plain Python pickle"),
     "Keras": (zip_of("model.weights.h5", "config.json"), "Keras"),
-    "pt2 without a graph": (zip_of("archive/models/model.json", "archive/version"), "model.json is not valid JSON"),
+    "pt2 without a graph": (
+        zip_of("archive/archive_format", "archive/models/model.json", "archive/version"),
+        "model.json is not valid JSON",
+    ),
+    "pt2 without its mark": (zip_of("archive/models/model.json", "archive/version"), "without its archive_format"),
     "AOTInductor": (zip_of("archive/data/aotinductor/model/wrapper.so", "archive/version"), "AOTInductor"),
     "an empty zip": (zip_of(), "without a data.pkl"),
     "any zip": (zip_of("a.txt", "deep/er/data.pkl"), "without a data.pkl"),
