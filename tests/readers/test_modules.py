@@ -103,7 +103,8 @@ def test_kinds(module: nn.Module, kind: NormKind, look: Callable[..., tuple[Norm
 
 NO_NORMS = [
     nn.PReLU(6), nn.Embedding(6, 6), nn.Linear(6, 1), nn.Conv1d(6, 6, 3), nn.GRU(6, 6), nn.MultiheadAttention(6, 2),
-    nn.utils.spectral_norm(nn.Linear(6, 6)), NormalizedLinear(), Block(), NoNorm(), LayerNormLinear(6, 6), nn.LocalResponseNorm(2), nn.Softmax(),
+    nn.utils.spectral_norm(nn.Linear(6, 6)), NormalizedLinear(), Block(), NoNorm(),
+    LayerNormLinear(6, 6), nn.LocalResponseNorm(2), nn.Softmax(),
 ]  # fmt: skip
 
 

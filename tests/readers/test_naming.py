@@ -12,7 +12,7 @@ import pytest
 from normdoctor.errors import InputError
 from normdoctor.layers import NormKind, NormLayer
 from normdoctor.readers.finishing import Budget
-from normdoctor.readers.naming import read_names, strip_wrappers
+from normdoctor.readers.naming import possible_norms, read_names, strip_wrappers
 
 C = 16
 
@@ -100,6 +100,11 @@ def test_norms(shapes: dict[str, Any], kind: NormKind) -> None:
     assert layer.kind is kind
     assert layer.name == next(iter(shapes)).rpartition(".")[0]
     assert layer.channels == max(int(np.prod(shape)) for shape in shapes.values())
+
+
+@pytest.mark.parametrize("shapes", [shapes for shapes, _ in NORMS.values()], ids=NORMS)
+def test_names_alone_leave_no_norm_out(shapes: dict[str, Any]) -> None:
+    assert possible_norms(shapes) == shapes.keys()
 
 
 FRIENDS = {
