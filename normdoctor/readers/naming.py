@@ -317,8 +317,9 @@ def possible_norms(names: Iterable[str]) -> set[str]:
     for parent, leaves in _by_parent({name: name for name in names}).items():
         kind = (Group(parent=parent).own_name, *leaves)  # a mixture of experts has 100,000 alike
         if kind not in known:
-            stand_ins = {leaf: _stand_in(leaf) for leaf in leaves}
-            known[kind] = isinstance(recognise(group_of(parent, stand_ins)), Recognised)
+            group = group_of(parent, {leaf: _stand_in(leaf) for leaf in leaves})
+            group.others = {leaf: _stand_in("alpha") for leaf in group.others}  # numbers are in no norm's way
+            known[kind] = isinstance(recognise(group), Recognised)
         if known[kind]:
             possible.update(leaves.values())
         elif not parent and AVERAGE_COUNTER in leaves:
