@@ -98,8 +98,9 @@ def kind_of_attributes(attributes: Mapping[str, Any]) -> NormKind | None:
 def zero_centred_by_class(class_names: Sequence[str], attributes: Mapping[str, Any]) -> bool | None:
     """Whether the class multiplies by 1 + weight; None where neither its name nor a flag says."""
     for flag in ZERO_CENTRED_FLAGS:
-        if isinstance(attributes.get(flag), bool):
-            return bool(attributes[flag])
+        value = attributes.get(flag)
+        if isinstance(value, (bool, int, float)) and value in (0, 1):  # one class stores it as what it adds: 1.0
+            return bool(value)
     for full_name in class_names:
         short = full_name.rpartition(".")[2]
         if short in ZERO_CENTRED_CLASSES:

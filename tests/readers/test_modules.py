@@ -205,6 +205,8 @@ def test_conventions_of_classes() -> None:
     assert zero_centred_by_class(["torch.nn.modules.normalization.RMSNorm"], {}) is False
     assert zero_centred_by_class(["megatron.RMSNorm"], {}) is None
     assert zero_centred_by_class(["megatron.RMSNorm"], {"zero_centered_gamma": False}) is False
+    assert zero_centred_by_class(["MoonshineStreamingLayerNorm"], {"unit_offset": 1.0}) is True
+    assert zero_centred_by_class(["a.Norm"], {"unit_offset": 0.5}) is None
 
 
 def test_declared_widths() -> None:
