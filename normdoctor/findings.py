@@ -95,6 +95,8 @@ class Observation:
     """Larger is worse: says which of several layers is shown first."""
     fix: str | None = None
     """Where the general fix of the rule is not the right one here."""
+    subject: str = ""
+    """What a finding about the whole file is about: tells it from another one of the same code."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +220,8 @@ class Finding:
     """eps or momentum where the file does not say and torch's default stood in."""
     fix: str
     rank: float = 0.0
+    subject: str = ""
+    """What it is about where that is no layer."""
     known: bool = False
     """Listed in the baseline: accepted before, so it counts for no exit code."""
 
@@ -237,8 +241,8 @@ class Finding:
 
     @property
     def fingerprint(self) -> str:
-        """What makes it the same finding in the next checkpoint of the same network: code and layer."""
-        return f"{self.code} {self.layer}" if self.layer else self.code
+        """What makes it the same finding in the next checkpoint of the same network: code and layer or subject."""
+        return f"{self.code} {self.layer or self.subject}".rstrip()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from hashlib import sha256
 
 from normdoctor.findings import Confidence, Context, Observation, Rule, Scope, Severity, rule
 from normdoctor.layers import Checkpoint, Danger
@@ -13,6 +14,8 @@ SEVERITY = {
     Danger.DATA_CLASS: Severity.WARNING,
     Danger.OTHER: Severity.ERROR,
 }
+
+LONGEST_SUBJECT = 200
 
 MEANING = {
     Danger.MODULE_CLASS: "the classes that a pickled module is made of",
@@ -59,7 +62,16 @@ def runs_code_on_load(checkpoint: Checkpoint, context: Context) -> Iterator[Obse
         severity=SEVERITY[worst],
         fix=_fix(checkpoint, worst),
         rank=float(worst.value),
+        subject=_subject(found.get(Danger.OTHER, [])),
     )
+
+
+def _subject(calls: list[str]) -> str:
+    """The dangerous calls, so that whoever accepted some of them has not accepted others."""
+    text = ", ".join(sorted(calls))
+    if len(text) <= LONGEST_SUBJECT:
+        return text
+    return f"{len(calls)} calls {sha256(text.encode('utf-8', 'replace')).hexdigest()[:16]}"
 
 
 def _fix(checkpoint: Checkpoint, worst: Danger) -> str | None:

@@ -226,6 +226,7 @@ class _Run:
                 assumed=dict(assumed),
                 fix=self._fix(rule.fix if seen.fix is None else seen.fix, layer),
                 rank=seen.rank,
+                subject=seen.subject,
             )
         )
 
