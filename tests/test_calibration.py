@@ -43,3 +43,13 @@ def test_an_error_is_said_no_later_than_where_the_fault_costs_5_points() -> None
             found += 1
             assert float(row[-1]) <= float(row[3]), row
     assert found
+
+
+def test_residue_that_costs_points_is_suspected_without_momentum_and_counter() -> None:
+    found = {row[1]: row[2].split(" of ") for row in rows(3)}
+    assert found["0%"][0] == "0" and int(found["0%"][1]) > 20
+    assert {share: hits == nets for share, (hits, nets) in found.items() if share in ("55%", "67%", "80%")} == {
+        "55%": True,
+        "67%": True,
+        "80%": True,
+    }

@@ -235,6 +235,8 @@ FAULTS = (
     Fault("exported in training", "C301", ERROR, set_attribute("training", True), formats=("onnx",)),
     Fault("momentum 0", "C302", INFO, set_attribute("momentum", 0.0), formats=(*MODULES, "onnx")),
     Fault("Keras momentum", "C303", WARNING, set_attribute("momentum", 0.99), formats=(*MODULES, "onnx")),
+    Fault("momentum in percent", "C315", WARNING, set_attribute("momentum", 10.0), formats=(*MODULES, "onnx")),
+    Fault("momentum NaN", "C315", WARNING, set_attribute("momentum", float("nan")), formats=MODULES),
     Fault(
         "plain average",
         "C304",
@@ -448,3 +450,37 @@ def save_onnx(net: nn.Module, path: Path) -> None:
                 ]
             )
     path.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("form", [*STATES, "onnx"])
+def test_residue_beside_a_first_layer_that_gets_raw_pixels(
+    form: str, healthy: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    net = healthy()
+    first, *others = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    first[1].running_var *= 60
+    for _, norm in (first, *others):
+        slow(norm, np.random.default_rng(0))
+    (finding,) = [f for f in inspect(net, form, tmp_path, {}).findings if f.code == "S118"]
+    assert sorted(finding.evidence["layers"]) == sorted(name for name, _ in others)
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_buffers_computed_anew_are_no_residue(
+    form: str, healthy: Callable[[], nn.Module], nets: ModuleType, tmp_path: Path
+) -> None:
+    """20 batches at momentum 0.1 would leave 12 %, had they been a moving average."""
+    net = healthy()
+    torch.optim.swa_utils.update_bn(nets.load_digits_split().train_images[:640].split(32), net)
+    report = inspect(net.eval(), form, tmp_path, {})
+    assert [f for f in report.findings if f.severity > Severity.INFO] == []
+
+
+def test_a_head_trained_on_a_frozen_backbone(healthy: Callable[[], nn.Module], tmp_path: Path) -> None:
+    net = healthy()
+    *backbone, head = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in backbone:
+        norm.requires_grad_(False)
+    head.num_batches_tracked.fill_(150)
+    (finding,) = [f for f in inspect(net, "module", tmp_path, {}).findings if f.code == "S110"]
+    assert finding.severity is INFO and finding.message.endswith("by design?")

@@ -50,6 +50,9 @@ PLAIN = frozenset(
         "torch.nn.parameter.Buffer",
         "torch.serialization._get_layout",
         "torch.torch_version.TorchVersion",
+        "__builtin__.xrange",
+        "__builtin__.unicode",
+        "__builtin__.long",
         *(
             f"{module}.{name}"
             for module in ("builtins", "__builtin__")
@@ -73,7 +76,7 @@ PLAIN = frozenset(
         ),
     }
 )
-"""Containers and values without behaviour."""
+"""Containers and values without behaviour. `__builtin__` is Python 2's name, which protocols up to 2 keep."""
 
 DATA_LIBRARIES = frozenset(
     {
@@ -87,6 +90,20 @@ DATA_LIBRARIES = frozenset(
 
 DATA_FUNCTIONS = frozenset(
     {
+        "array._array_reconstructor",
+        "array.array",
+        "contextlib.nullcontext",
+        "datetime.date",
+        "datetime.datetime",
+        "datetime.time",
+        "datetime.timedelta",
+        "datetime.timezone",
+        "itertools.count",
+        "logging.getLogger",
+        "random.Random",
+        "re.RegexFlag",
+        "re._compile",
+        "time.struct_time",
         "numpy.core.multiarray._reconstruct",
         "numpy.core.multiarray.scalar",
         "numpy._core.multiarray._reconstruct",
@@ -95,8 +112,24 @@ DATA_FUNCTIONS = frozenset(
         "numpy.core.numeric._frombuffer",
         "numpy.dtype",
         "numpy.ndarray",
+        "numpy.random.bit_generator.__pyx_unpickle_SeedSequence",
     }
 )
+"""Constructors of values that training state holds. Not among them: what looks up any name it is given (getattr,
+operator.attrgetter, numpy's _ufunc_reconstruct) or keeps a call for later (functools.partial)."""
+
+CALLS_ITS_ARGUMENTS = frozenset(
+    {
+        "numpy.ma.core._mareconstruct",
+        "numpy.random.__RandomState_ctor",
+        "numpy.random._pickle.__bit_generator_ctor",
+        "numpy.random._pickle.__generator_ctor",
+        "numpy.random._pickle.__randomstate_ctor",
+    }
+)
+"""Constructors of data too, as long as the first two arguments are: they call these if they are callable."""
+
+RECONSTRUCTORS = frozenset({"copyreg._reconstructor", "copy_reg._reconstructor", "copyreg.__newobj__"})
 
 STANDARD_LIBRARY = sys.stdlib_module_names - {"__main__"} | {"__builtin__"}
 
@@ -129,9 +162,11 @@ def _judge_one(call: Call) -> list[tuple[str, Danger]]:
     if not isinstance(function, Global):
         return [("the result of another call", Danger.OTHER)]
     name = function.full_name
-    if name in ("copyreg._reconstructor", "copy_reg._reconstructor", "copyreg.__newobj__"):
+    if name in RECONSTRUCTORS:
         inner = call.args[0] if call.args else None
-        return _judge_one(Call(inner, (), True, state=call.state))
+        # The second argument of _reconstructor is a class whose __init__ it calls.
+        bases = [] if name.endswith("__newobj__") else _judge_names(call.args[1:2])
+        return _judge_one(Call(inner, (), True, state=call.state)) + bases
     if name == REBUILD_FROM_TYPE:
         inner = call.args[0] if call.args else None
         return _judge_one(Call(inner, (), False))
@@ -143,6 +178,8 @@ def _judge_one(call: Call) -> list[tuple[str, Danger]]:
         return [(name, Danger.MODULE_CLASS)]
     if name in DATA_FUNCTIONS:
         return [(name, Danger.DATA_CLASS)]
+    if name in CALLS_ITS_ARGUMENTS:
+        return [(name, Danger.DATA_CLASS), *_judge_names(call.args[:2])]
     # cls.__new__ of a class outside the standard library is a record of the user's own code.
     if (
         CLASS_NAME.match(function.name)
@@ -151,3 +188,9 @@ def _judge_one(call: Call) -> list[tuple[str, Danger]]:
     ):
         return [(name, Danger.DATA_CLASS)]
     return [(name, Danger.OTHER)]
+
+
+def _judge_names(arguments: Iterable[object]) -> list[tuple[str, Danger]]:
+    """What it means that these are called, as far as they are names; what another call gave is judged there."""
+    named = (argument for argument in arguments if isinstance(argument, Global))
+    return [found for argument in named for found in _judge_one(Call(argument, (), False))]

@@ -10,6 +10,7 @@ from normdoctor.rules import (
     files,
     modes,
     numerics,
+    residue,
     settings,
     siblings,
     staleness,
@@ -27,6 +28,7 @@ RULES: tuple[Rule, ...] = tuple(
         (
             *statistics.RULES,
             *staleness.RULES,
+            *residue.RULES,
             *siblings.RULES,
             *affine.RULES,
             *settings.RULES,

@@ -31,7 +31,8 @@ MEANING = {
     confidence=Confidence.HIGH,
     scope=Scope.FILE,
     why="It calls whatever the file names, before any check of yours.",
-    fix="load it with weights_only=True only; from a source you trust, save the state_dict again as safetensors",
+    fix="from a source you trust, allow these names with torch.serialization.add_safe_globals for weights_only=True, "
+    "or save the state_dict alone",
     reference="https://pytorch.org/docs/stable/notes/serialization.html",
 )
 def runs_code_on_load(checkpoint: Checkpoint, context: Context) -> Iterator[Observation]:

@@ -17,7 +17,7 @@ from normdoctor.rules.wording import REESTIMATE, both, names, plural
     confidence=Confidence.HIGH,
     kinds=(NormKind.BATCH,),
     needs=("training",),
-    why="The answer for one input depends on the others in its batch.",
+    why="Eval works with the batch at hand, so an answer depends on its neighbours, or with buffers that stand still.",
     fix=f"build the layer with track_running_stats=True, then {REESTIMATE}",
     reference="https://github.com/pytorch/pytorch/issues/37823",
 )
@@ -30,8 +30,9 @@ def batch_stats_at_inference(layer: NormLayer, context: Context) -> Iterator[Obs
     removed. A batch of one with 1x1 maps then raises or gives the shift alone. InstanceNorm does so by design.
 
     Also said where track_running_stats was set to False afterwards and the buffers are still there: torch then
-    does use them in eval mode, but training no longer updates them. Example: a classifier whose answer for one
-    image changes with its neighbours in the batch.
+    does use them in eval mode, whatever the batch, but training no longer updates them.
+
+    Example: a classifier whose answer for one image changes with its neighbours in the batch.
     """
     stored = layer.running_mean is not None or layer.running_var is not None
     if exported(layer):

@@ -304,7 +304,7 @@ def fill_in(fix: str, checkpoint: Checkpoint, momentum: str = "", layer: NormLay
     if checkpoint.container is Container.FOLDER and RECALIBRATE in fix:
         one_file = None if layer is None else checkpoint.files.get(layer.name)
         first = "" if one_file else f"{checkpoint.as_one_file}; then: "
-        path = Path(one_file or "model.pt")
+        path = Path(one_file or checkpoint.as_one_file.rpartition(" ")[2])
     words = {"{path}": str(path), "{fixed}": str(repaired_path(path)) if path.name else "fixed"}
     for placeholder, word in words.items():
         word = f"./{word}" if word.startswith("-") else word  # or the shell's next program takes it for an option

@@ -68,7 +68,7 @@ def momentum_zero(layer: NormLayer, context: Context) -> Iterator[Observation]:
     limits={"from": 0.5},
 )
 def momentum_swapped(layer: NormLayer, context: Context) -> Iterator[Observation]:
-    """momentum is 0.5 or more: the new batch outweighs everything before it.
+    """momentum is 0.5 to 1: the new batch outweighs everything before it.
 
     0.9 and 0.99 are what Keras, TensorFlow and ONNX call momentum, the weight of the OLD value; torch means
     the weight of the new batch, 0.1 and 0.01. (For an ONNX file the number judged here is already in torch's
@@ -77,17 +77,51 @@ def momentum_swapped(layer: NormLayer, context: Context) -> Iterator[Observation
     1.0 is sometimes set for re-estimating and forgotten. Example: momentum 0.99 in all 75 layers of a port.
     """
     momentum = layer.momentum
-    if momentum is None or isinstance(momentum, str) or not momentum >= context.limits["from"]:
-        return
-    noise = momentum / (2 - momentum) if momentum < 2 else math.inf
+    if momentum is None or isinstance(momentum, str) or not context.limits["from"] <= momentum <= 1:
+        return  # beyond 1 it is C315's
     swapped = f"set momentum to {number(1 - momentum)}; {REESTIMATE}" if momentum < 1 else None
     yield Observation(
         message=f"momentum {number(momentum)}: the newest batch makes up {percent(momentum)} of the running "
         "statistics." + (f" Keras's decay {number(momentum)} is torch's {number(1 - momentum)}." if swapped else ""),
-        evidence={"momentum": momentum, "noise_share": noise if math.isfinite(noise) else None},
+        evidence={"momentum": momentum, "noise_share": momentum / (2 - momentum)},
         confidence=Confidence.MEDIUM if exported(layer) else None,
         fix=swapped,
         rank=momentum,
+    )
+
+
+@rule(
+    "C315",
+    "momentum-out-of-range",
+    severity=Severity.WARNING,
+    confidence=Confidence.HIGH,
+    kinds=TRACKING_KINDS,
+    needs=("momentum",),
+    assumes=False,
+    why="The next training step puts the running statistics outside what they average, or makes them NaN.",
+    fix="set momentum to 0.1 before training on; for inference the stored statistics decide",
+    reference="https://pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html",
+)
+def momentum_out_of_range(layer: NormLayer, context: Context) -> Iterator[Observation]:
+    """momentum is negative, above 1 or no number, so it is no share of anything.
+
+    Every step sets a buffer to (1 - momentum) * old + momentum * new. From 0 to 1 that lies between the two;
+    outside it is extrapolated, and a variance can turn negative. NaN makes all buffers NaN at the first step.
+    torch takes any of them without a word.
+
+    Harmless as long as the model is only used, if it was not trained like that: look at the statistics. S104 and
+    S115 compute nothing from such a momentum. Example: momentum 10, meant as 10 % (0.1).
+    """
+    momentum = layer.momentum
+    if momentum is None or isinstance(momentum, str) or 0 <= momentum <= 1:
+        return
+    effect = "no step can average with it"
+    if math.isfinite(momentum):
+        effect = f"a step takes {number(momentum)} times the new batch and {number(1 - momentum)} times the old value"
+    yield Observation(
+        message=f"momentum is {momentum:g}: {effect}.",
+        evidence={"momentum": momentum if math.isfinite(momentum) else str(momentum)},
+        confidence=Confidence.MEDIUM if exported(layer) else None,
     )
 
 
@@ -210,6 +244,7 @@ def _gain_change(layer: NormLayer, eps: float, expected: float) -> float | None:
 RULES: tuple[Rule, ...] = (
     momentum_zero,
     momentum_swapped,
+    momentum_out_of_range,
     cumulative_average,
     eps_odd,
 )

@@ -11,7 +11,7 @@ import numpy as np
 
 from normdoctor.findings import Confidence, Context, Observation, Rule, Scope, Severity, rule
 from normdoctor.layers import TRACKING_KINDS, NormKind, NormLayer, Vector
-from normdoctor.rules.guards import frozen_class, operator
+from normdoctor.rules.guards import frozen, frozen_class, operator
 from normdoctor.rules.wording import REESTIMATE, both, names, plural
 
 
@@ -31,10 +31,13 @@ from normdoctor.rules.wording import REESTIMATE, both, names, plural
 def counter_disagreement(layers: tuple[NormLayer, ...], context: Context) -> Iterator[Observation]:
     """num_batches_tracked differs from the commonest value among the layers.
 
-    A smaller count: the layer was frozen for a while or inserted later. A larger one: it came with
-    pretrained weights. An exact multiple only means that the layer is called several times per step, which
-    is said just where the file shows it under several names. An exact half, third, ... may be the layer that
-    is called once while the others are called more often (a siamese backbone): info.
+    A smaller count: the layer may have been frozen for a while or inserted later. A larger one: it may have come
+    with pretrained weights, or a repair raised it (debias). One level lower where the layer takes no gradient, or
+    none of those it differs from does: somebody froze a part on purpose, as in fine-tuning.
+
+    An exact multiple only means that the layer is called several times per step, which is said just where the
+    file shows it under several names. An exact half, third, ... may be the layer that is called once while the
+    others are called more often (a siamese backbone): info.
 
     Layers that counted 0 belong to S111 and S103. Example: 19 layers at 25,301, one at 11,200.
     """
@@ -45,6 +48,7 @@ def counter_disagreement(layers: tuple[NormLayer, ...], context: Context) -> Ite
     table = Counter(counted.values())
     usual = max(table, key=lambda t: (table[t], t))
     most = context.limits["calls"]
+    others_frozen = all(frozen(layer) for layer, t in counted.items() if t == usual)
     for layer, t in counted.items():
         severity = confidence = None
         if t == usual:
@@ -61,13 +65,17 @@ def counter_disagreement(layers: tuple[NormLayer, ...], context: Context) -> Ite
             severity, confidence = Severity.INFO, Confidence.MEDIUM
             meaning = f"the others are called {usual // t} times per step, or it was frozen or inserted later"
         elif t < usual:
-            meaning = "it was frozen for a while or inserted later"
+            meaning = "perhaps it was frozen for a while or inserted later"
         else:
-            meaning = "it came with pretrained weights"
+            meaning = "perhaps it came with pretrained weights, or a repair raised its counter (debias)"
+        purpose = ""
+        if others_frozen or frozen(layer):
+            severity = (severity or Severity.WARNING).lowered()
+            purpose = f" {'The others are' if others_frozen else 'It is'} frozen: by design?"
         norms = plural(len(layers), "layer")
         yield Observation(
             layer=layer,
-            message=f"{t:,} updates, but {usual:,} in {table[usual]} of {norms}: {meaning}.",
+            message=f"{t:,} updates, but {usual:,} in {table[usual]} of {norms}: {meaning}.{purpose}",
             evidence={"num_batches_tracked": t, "usual": usual, "layers_at_usual": table[usual]},
             severity=severity,
             confidence=confidence,

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-REESTIMATE = "re-estimate the buffers on training data (torch.optim.swa_utils.update_bn(loader, model)) and save again"
-"""The step that most rules about running statistics end with."""
+REESTIMATE = (
+    "re-estimate the buffers on 50 or more shuffled batches of training data "
+    "(torch.optim.swa_utils.update_bn(loader, model)) and save again"
+)
+"""The step that most rules about running statistics end with. Fewer batches would look like residue (S104)."""
 
 SHOWN = 5
 

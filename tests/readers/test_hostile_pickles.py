@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import array
+import datetime
+import decimal
+import fractions
 import io
 import json
+import logging
 import pathlib
 import pickle
+import random
+import re
 import struct
 import subprocess
 import sys
@@ -126,6 +133,18 @@ def hostile(canary: str) -> dict[str, tuple[bytes, set[str]]]:
         "the storage of a tensor": (done(table(w=tensor(place=system))), {"posix.system"}),
         "EXT": (done(b"\x82\x01" + command + b"\x85R"), {"copyreg.extension 1"}),
         "copyreg": (done(call("copyreg._reconstructor", name("posix.system"), command, b"N")), {"posix.system"}),
+        "the base of copyreg": (
+            done(call("copyreg._reconstructor", name("argparse.Namespace"), name("subprocess.Popen"), command)),
+            {"subprocess.Popen"},
+        ),
+        "a maker of random generators": (
+            done(call("numpy.random._pickle.__generator_ctor", command, name("posix.system"))),
+            {"posix.system"},
+        ),
+        "any name that numpy looks up": (
+            done(call(call("numpy.core._ufunc_reconstruct", text("posix"), text("system")), command)),
+            {"numpy.core._ufunc_reconstruct", "the result of another call"},
+        ),
         "partial": (
             done(call(call("functools.partial", name("posix.system")), command)),
             {"functools.partial", "the result of another call"},
@@ -138,7 +157,10 @@ def hostile(canary: str) -> dict[str, tuple[bytes, set[str]]]:
     }
 
 
-RUNS = ["REDUCE", "STACK_GLOBAL", "INST", "OBJ", "eval", "exec", "runpy", "getattr chain", "inside bytes", "partial"]
+RUNS = [
+    "REDUCE", "STACK_GLOBAL", "INST", "OBJ", "eval", "exec", "runpy", "getattr chain", "inside bytes", "partial",
+    "a maker of random generators",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -222,6 +244,7 @@ def test_plain_state_needs_no_calls(read: Any, save: Any) -> None:
         "bytes": b"abc",
         "complex": 1j,
         "ordered": OrderedDict(a=1),
+        "range": range(3),
         "optimizer": torch.optim.Adam(nn.Linear(2, 2).parameters()).state_dict(),
     }
     assert calls(content, read, save) == ()
@@ -241,10 +264,25 @@ def test_settings_are_data_classes(read: Any, save: Any) -> None:
         "curve": np.arange(3),
         "random": np.dtype("int64"),
         "own": Options(),
+        "started": datetime.datetime.now(datetime.timezone(datetime.timedelta(hours=1))),
+        "day": (datetime.date.today(), datetime.time(12)),
+        "generators": (np.random.default_rng(0), np.random.RandomState(0), random.Random(0)),
+        "masked": np.ma.array([1, 2], mask=[0, 1]),
+        "others": (decimal.Decimal("0.1"), fractions.Fraction(1, 3), re.compile("a", re.I), time.localtime()),
+        "typed": array.array("d", [1.0]),
+        "logger": logging.getLogger("training"),
     }
     found = calls(content, read, save)
     assert {call.danger for call in found} == {Danger.DATA_CLASS}
-    assert {call.name for call in found} >= {"argparse.Namespace", "pathlib.PurePosixPath", "numpy.dtype"}
+    assert {call.name for call in found} >= {
+        "argparse.Namespace",
+        "pathlib.PurePosixPath",
+        "numpy.dtype",
+        "datetime.timezone",
+        "numpy.random._pickle.__generator_ctor",
+    }
+    (finding,) = inspect(save(content), select=["F901"]).findings
+    assert finding.severity.name == "WARNING" and "weights_only=True only" not in finding.fix
 
 
 def test_configurations_of_a_library_that_is_not_installed(wrap: Wrap, read: Any) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from normdoctor.findings import Severity
+from normdoctor.findings import Confidence, Severity
 from normdoctor.layers import NormKind
 from normdoctor.rules.decay import USUAL_MOMENTA, floors
 
@@ -380,3 +380,43 @@ def test_the_slope_that_a_shift_leaves_is_that_of_torch(shift, sign, alpha, judg
 def test_measured_statistics_are_never_taken_for_placeholders(seed, updates, channels, judge, trained, as_overrides):
     norm = trained(updates=updates, seed=seed, channels=channels)
     assert only(judge(as_overrides(norm), codes={"S107"}), "S107") is None
+
+
+class Stack(torch.nn.Sequential):
+    def __init__(self, spread: float) -> None:
+        """Three norms whose inputs have standard deviations from `spread` to twice that."""
+        linear = [torch.nn.Linear(16, 16) for _ in range(3)]
+        with torch.no_grad():
+            for layer in linear:
+                layer.weight.copy_(torch.linalg.qr(torch.randn(16, 16)).Q * spread * torch.linspace(1, 2, 16)[:, None])
+        super().__init__(*(m for layer in linear for m in (layer, torch.nn.BatchNorm1d(16))))
+
+    def as_layers(self, as_overrides) -> list[dict]:
+        return [as_overrides(module) for module in self if isinstance(module, torch.nn.BatchNorm1d)]
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.7, 3.0])
+def test_buffers_that_update_bn_computed_are_no_sure_residue(spread, judge, as_overrides) -> None:
+    """update_bn takes a plain average over 20 batches, counts them and puts momentum 0.1 back."""
+    torch.manual_seed(0)
+    net = Stack(spread)
+    torch.optim.swa_utils.update_bn(torch.randn(20, 32, 16), net)
+    layers = net.as_layers(as_overrides)
+    assert {(layer["momentum"], int(layer["num_batches_tracked"])) for layer in layers} == {(0.1, 20)}
+    found = judge(*layers, codes={"S104", "S115"}).findings
+    if spread == 0.1:
+        assert {finding.code for finding in found} == {"S115"}, "a variance below 0.9 ** 20 shows it"
+        assert all("update_bn" in finding.message for finding in found)
+    else:
+        assert {(finding.code, finding.confidence) for finding in found} == {("S104", Confidence.MEDIUM)}
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.5, float("nan")])
+def test_a_momentum_out_of_range_leaves_no_average(momentum) -> None:
+    """What C315 says."""
+    norm = torch.nn.BatchNorm1d(4, momentum=momentum)
+    batch = 10 * torch.randn(8, 4) + 100
+    norm(batch)
+    mean = batch.mean(0)
+    between = (norm.running_mean >= 0) & (norm.running_mean <= mean)
+    assert not between.any()

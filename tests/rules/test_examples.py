@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from normdoctor.findings import Severity
+from normdoctor.findings import Confidence, Severity
 from normdoctor.layers import Danger, LoadCall, NormKind
 from normdoctor.rules import RULES
 
@@ -29,6 +29,7 @@ FRESH = {
 }
 SPREAD = np.linspace(0.0, 1.0, 64)
 SQUEEZED = {"channels": 64, "num_batches_tracked": 216, "running_var": 0.82 + 0.1 * SPREAD}
+SQUEEZED_WITH_NAN = BARE | SQUEEZED | {"running_var": np.r_[NAN, 0.82 + 0.1 * SPREAD[1:]]}
 SYNC = "torch.nn.modules.batchnorm.SyncBatchNorm"
 TRACKED = {"running_mean": SPREAD[:16], "running_var": 0.5 + SPREAD[:16], "track_running_stats": True}
 DERF = {"kind": NormKind.DYNAMIC_TANH, "alpha": 0.5}
@@ -163,6 +164,35 @@ STATISTICS = [
     silent("S104", "a momentum of 1 leaves nothing", {"momentum": 1, "num_batches_tracked": 3}),
     silent("S104", "nothing counted is S111's", {"momentum": 0.1, "num_batches_tracked": 0}),
     silent("S104", "did not start at 1", {"momentum": 0.001, "num_batches_tracked": 216}),
+    silent(
+        "S104",
+        "another layer of the same momentum and counter did not, so update_bn computed both",
+        {"num_batches_tracked": 20},
+        {"num_batches_tracked": 20, "running_var": {3: 0.01}},
+    ),
+    fires(
+        "S104",
+        "a layer of another counter contradicts nothing",
+        {"num_batches_tracked": 20},
+        {"num_batches_tracked": 21, "running_var": {3: 0.01}},
+        at={"bn0": []},
+        severity=ERROR,
+    ),
+    fires(
+        "S104",
+        "another momentum neither",
+        {"num_batches_tracked": 20},
+        {"num_batches_tracked": 20, "momentum": 0.11, "running_var": {3: 0.01}},
+        at={"bn0": []},
+        severity=ERROR,
+    ),
+    silent(
+        "S104",
+        "update_bn in a bare state_dict",
+        BARE | {"num_batches_tracked": 20},
+        BARE | {"num_batches_tracked": 20, "running_var": {3: 0.01}},
+    ),
+    silent("S104", "no momentum to compute with", *[{"momentum": m, "num_batches_tracked": 3} for m in (NAN, -0.1, 7)]),
     fires("S105", "the floor of 0.1", {"running_var": {2: FLOOR}}, at=[2], severity=WARNING),
     fires("S105", "the floor of 0.001", {"channels": 64, "running_var": {2: 500 * 2.0**-149}}, at=[2], severity=INFO),
     fires("S105", "flushed to zero", {"channels": 64, "running_var": {7: 0.0}}, at=[7], severity=INFO),
@@ -269,6 +299,22 @@ STATISTICS = [
         at={"bn4": []},
         severity=INFO,
     ),
+    fires(
+        "S110",
+        "a new layer on a frozen backbone",
+        *norms(4, requires_grad=False),
+        {"num_batches_tracked": 4321},
+        at={"bn4": []},
+        severity=INFO,
+    ),
+    fires(
+        "S110",
+        "a frozen backbone under many new layers",
+        *norms(4),
+        {"num_batches_tracked": 54321, "requires_grad": False},
+        at={"bn4": []},
+        severity=INFO,
+    ),
     silent("S110", "called twice per step", *norms(4), {"num_batches_tracked": 10000}),
     silent("S110", "never counted is another rule's", *norms(4), {"num_batches_tracked": 0}),
     fires("S111", "converted", {"num_batches_tracked": 0}, at=[], severity=INFO),
@@ -359,6 +405,7 @@ STATISTICS = [
     ),
     silent("S115", "negative is S102's", {"momentum": 0.1, "num_batches_tracked": 216, "running_var": {0: -1.0}}),
     silent("S115", "above the bound", {"momentum": 0.1, "num_batches_tracked": 216}),
+    silent("S115", "no momentum to compute with", *[{"momentum": m, "num_batches_tracked": 3} for m in (NAN, -0.1, 7)]),
     fires("S116", "statistics dropped", *norms(3, **BARE), BARE | GONE, at={"bn3": []}, severity=WARNING),
     fires("S116", "weight dropped", *norms(3, **BARE), BARE | {"weight": None}, at={"bn3": []}, severity=WARNING),
     fires("S116", "in all layers of a state_dict", BARE | GONE, at=[], severity=WARNING),
@@ -374,6 +421,24 @@ STATISTICS = [
     fires("S118", "momentum known", SQUEEZED | {"num_batches_tracked": None}, at={None: []}, severity=WARNING),
     silent("S118", "variances as spread as in any trained net", BARE | {"channels": 64}),
     silent("S118", "both known: S104 computes it", SQUEEZED),
+    fires(
+        "S118",
+        "beside a first layer that gets raw pixels",
+        BARE | SQUEEZED | {"running_var": 2.4 + 8.6 * SPREAD},
+        BARE | SQUEEZED,
+        BARE | SQUEEZED,
+        at={None: []},
+        severity=WARNING,
+    ),
+    fires("S118", "a NaN is S101's", SQUEEZED_WITH_NAN, at={None: []}, severity=WARNING),
+    silent("S118", "alike, but above 1 nothing is left of it", BARE | SQUEEZED | {"running_var": 2.0 + SPREAD}),
+    silent("S118", "a third of the layers", BARE | SQUEEZED, *norms(2, **BARE, channels=64, num_batches_tracked=216)),
+    silent(
+        "S118",
+        "few channels in half of the layers",
+        BARE | SQUEEZED | {"channels": 16, "running_var": 0.82 + 0.1 * SPREAD[:16]},
+        BARE | {"channels": 64, "num_batches_tracked": 216},
+    ),
     silent("S118", "as near to 1 as a healthy dense net", BARE | SQUEEZED | {"running_var": 0.294 + 0.75 * SPREAD}),
     silent("S118", "few channels may be alike by chance", BARE | {"running_var": 0.82 + 0.1 * SPREAD[:16]}),
 ]
@@ -507,6 +572,7 @@ SETTINGS = [
     fires("C303", "Keras's decay", {"momentum": 0.99}, at=[], severity=WARNING),
     fires("C303", "only the last batch", {"momentum": 1.0}, at=[], severity=WARNING),
     silent("C303", "quick but usual", {"momentum": 0.3}),
+    silent("C303", "above 1 is C315's", {"momentum": 1.5}, {"momentum": INF}),
     silent("C303", "plain average", {"momentum": "cumulative"}),
     fires("C304", "throughout", *norms(3, momentum="cumulative"), at={None: []}, severity=INFO),
     fires("C304", "in one layer", *norms(3), {"momentum": "cumulative"}, at={None: []}, severity=INFO),
@@ -587,6 +653,14 @@ SETTINGS = [
         *norms(3),
         {"kind": NormKind.LAYER, "dtypes": {"weight": "float16", "bias": "float16"}},
     ),
+    fires("C315", "meant in percent", {"momentum": 10.0}, at=[], severity=WARNING),
+    fires("C315", "just above 1", {"momentum": 1.0001}, at=[], severity=WARNING),
+    fires("C315", "negative", {"momentum": -0.1}, at=[], severity=WARNING),
+    fires("C315", "NaN", {"momentum": NAN}, at=[], severity=WARNING),
+    fires("C315", "infinite", {"momentum": INF}, at=[], severity=WARNING),
+    silent("C315", "the ends of the range", {"momentum": 0}, {"momentum": 1.0}),
+    silent("C315", "a plain average", {"momentum": "cumulative"}),
+    silent("C315", "not said", BARE),
     fires("C314", "forgot eval()", *norms(3, training=True), at={None: []}, severity=INFO),
     silent("C314", "eval mode", *norms(3)),
     silent("C314", "some of them is C306's", *norms(3, training=True), {}),
@@ -868,3 +942,45 @@ def test_calls_on_load_are_named_worst_first(judge) -> None:
     places = [finding.message.index(call.name) for call in (SYSTEM, DATA, MODULE)]
     assert places == sorted(places)
     assert finding.evidence["other"] == ["posix.system"]
+
+
+def test_residue_is_certain_only_where_it_dominates(judge) -> None:
+    """Nobody gets variances that are mostly residue by chance; buffers computed anew over 20 batches have none."""
+    slow = {"momentum": 0.001, "num_batches_tracked": 216, "running_var": 0.82 + 0.1 * SPREAD[:16]}
+    (sure,) = judge(slow, codes={"S104"}).findings
+    (unsure,) = judge({"num_batches_tracked": 20}, codes={"S104"}).findings
+    assert sure.confidence is Confidence.HIGH and "update_bn" not in sure.message
+    assert unsure.confidence is Confidence.MEDIUM and unsure.message.endswith("look the same and are right.")
+    assert sure.severity == unsure.severity == ERROR
+    (averaged,) = judge({"num_batches_tracked": 20}, codes={"S104"}, averaged="n_averaged = 2").findings
+    assert averaged.confidence is Confidence.LOW
+
+
+def test_default_statistics_are_explained_by_the_momentum_of_the_file(judge) -> None:
+    counted = FRESH | {"num_batches_tracked": 200, "weight": GAINS[:16]}
+    said = {
+        momentum: judge(counted | {"momentum": momentum}, codes={"S103"}).findings[0].message
+        for momentum in (0.0, 0.1, None, "cumulative")
+    }
+    assert said[0.0].endswith("200 batches were counted, so momentum was 0.")
+    assert said[0.1].endswith("with momentum 0.1, so the buffers were reset or lost afterwards.")
+    assert said[None].endswith("so momentum was 0 or the buffers were reset or lost afterwards.")
+    assert said["cumulative"].endswith("so the buffers were reset or lost afterwards.")
+
+
+def test_suspected_layers_are_named(judge) -> None:
+    report = judge(BARE | SQUEEZED | {"running_var": 2.4 + 8.6 * SPREAD}, BARE | SQUEEZED, codes={"S118"})
+    (finding,) = report.findings
+    assert finding.evidence["layers"] == ["bn1"] and "1 of 2 layers (bn1)" in finding.message
+    assert finding.evidence["momentum_at_most"] == pytest.approx(1 - 0.82 ** (1 / 216), rel=1e-5)
+    open_limits = {"S118": {"share": 0, "channels": 0}}
+    assert judge(BARE, codes={"S118"}, limits=open_limits).findings == ()
+
+
+def test_other_counts_are_guessed_at_not_explained(judge) -> None:
+    """After a repair of some layers their counters are larger, whatever else could have raised them."""
+    (finding,) = judge(*norms(4, num_batches_tracked=200), {"num_batches_tracked": 4601}, codes={"S110"}).findings
+    assert "perhaps" in finding.message and "repair" in finding.message
+    frozen_ones = norms(4, requires_grad=False)
+    (finding,) = judge(*frozen_ones, {"num_batches_tracked": 4321}, codes={"S110"}).findings
+    assert finding.message.endswith("The others are frozen: by design?")
