@@ -82,29 +82,39 @@ FORMATS = (
         False,
     ),
     Format("ONNX, opset 6 and later", "inline or external data, subgraphs, functions", "eps, momentum, mode", True),
-    Format("live nn.Module", "through `nd.inspect(module)`", "eps, momentum, mode, class", True),
+    Format(
+        "live nn.Module, or its state_dict",
+        "through `nd.inspect(module)`",
+        "eps, momentum, mode, class; a state_dict only the counters",
+        True,
+    ),
 )
 
 
-def open_checkpoint(target: Any) -> Checkpoint:
-    """Open a model file, a folder that is one checkpoint (str or Path) or a live nn.Module for inspection.
+def open_checkpoint(target: Any, *, cut_layers: bool = False) -> Checkpoint:
+    """Open a model file, a folder that is one checkpoint (str or Path), a live nn.Module or its state_dict.
 
-    Close it, or use `with`.
+    Close it, or use `with`. cut_layers: of a single shard, keep the layers that lie partly in another one.
 
     Raises InputError for a file that is missing, damaged, or no model that normdoctor reads."""
     if isinstance(target, (str, Path)):
+        from normdoctor.readers import sharded
+
         path = Path(target)
         with suppress(OSError, ValueError):  # opening it as a file then says what is wrong
             if path.is_dir():
                 return _open_folder(path)
-        return _open_file(path)
+        checkpoint = _open_file(path)
+        return checkpoint if cut_layers else sharded.without_cut_layers(checkpoint)
     from normdoctor.readers import live_module
 
     if live_module.is_module(target):
         return live_module.read(target)
+    if live_module.is_state_dict(target):
+        return live_module.read_state_dict(target)
     raise InputError(
         f"cannot inspect a {type(target).__name__}",
-        "Give a path or a torch.nn.Module (not a state_dict object).",
+        "Give a path, a torch.nn.Module or its state_dict(): one flat mapping of names to tensors.",
     )
 
 
@@ -189,10 +199,7 @@ def _read(source: Source) -> Checkpoint:
         if head.startswith(start):
             raise InputError(f"{path}: {what}, not a checkpoint that normdoctor reads", hint)
     if torch_pickle.is_bare_pickle(source):
-        raise InputError(
-            f"{path}: a plain Python pickle, not written by torch.save",
-            "Load it where it was made and save the state_dict with torch.save or safetensors.",
-        )
+        raise torch_pickle.explain_bare_pickle(source)
     from normdoctor.readers import onnx
 
     if onnx.is_onnx(source):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import stat
 import zlib
 from collections.abc import Hashable
@@ -44,6 +45,9 @@ ITEM_SIZES = {
 """Bytes per element of the element types that checkpoints hold, by torch's names."""
 
 FLOAT_TYPES = frozenset(name for name in ITEM_SIZES if name.startswith(("float", "bfloat")))
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""How an address begins, also one of whose two slashes a Path has kept one. A drive is a single letter."""
 
 MAX_SPAN = 16 << 20
 """A strided view over more bytes than this is gathered element by element instead of read whole."""
@@ -157,6 +161,8 @@ def path_inside(folder: Path, name: object) -> Path:
 def unreadable(path: Path, error: OSError | ValueError) -> InputError:
     """The InputError for what opening or reading `path` raised, with a hint that fits its kind."""
     if isinstance(error, FileNotFoundError):
+        if URL.match(str(path)):
+            return InputError(f"{path}: URLs are not read", "Download the file first, then give its path.")
         return InputError(f"{path}: no such file", "Check the path.")
     if isinstance(error, PermissionError):
         return InputError(f"{path}: no permission to read", "Check the file's owner and mode.")

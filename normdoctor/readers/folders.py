@@ -14,7 +14,7 @@ from pathlib import Path
 
 from normdoctor.errors import InputError
 from normdoctor.readers import READABLE, distributed, sharded, torch_pickle
-from normdoctor.readers.arrays import Source
+from normdoctor.readers.arrays import URL, Source
 from normdoctor.readers.safetensors import is_safetensors
 
 MAX_TARGETS = 10_000
@@ -84,7 +84,7 @@ def find_checkpoints(paths: Iterable[Path | str]) -> Discovery:
     passed_over = 0
     for given in paths:
         path = Path(given)
-        if not os.path.lexists(path) and glob.has_magic(str(given)):
+        if not os.path.lexists(path) and glob.has_magic(str(given)) and not URL.match(str(given)):
             search = _search(_Search(), _expand(path), str(given))
         elif _is_folder(path):
             search = _search(_Search(given=path), [path], str(given))
@@ -118,7 +118,7 @@ def find_manifest(folder: Path) -> Path:
             "It is written last, so the save was not finished, or a copy left hidden files out.",
         )
     raise InputError(
-        f"{folder}: is a folder of {len(files):,} files and folders, not one checkpoint",
+        f"{folder}: is a folder of {_count(len(files))}, not one checkpoint",
         f"Name a file in it, or inspect all of them: normdoctor inspect {folder} (in Python: nd.find_checkpoints)",
     )
 
@@ -201,7 +201,7 @@ def _search(search: _Search, starts: Iterable[Path], given: str) -> _Search:
         return search
     if not matched:
         raise InputError(f"{given}: matches nothing", "Check the path; ** stands for any number of folders.")
-    raise InputError(f"{given}: no checkpoint among {search.entries:,} files and folders", READABLE)
+    raise InputError(f"{given}: no checkpoint among {_count(search.entries)}", READABLE)
 
 
 def _enter(folder: Path, search: _Search) -> list[Path]:
@@ -283,6 +283,10 @@ def _is_zipped_model(source: Source, named: bool) -> bool:
         return records.root is not None or torch_pickle.is_exported(records)
     except InputError:
         return named  # truncated, or made to mislead: opening it says so
+
+
+def _count(entries: int) -> str:
+    return "one file or folder" if entries == 1 else f"{entries:,} files and folders"
 
 
 def _is_folder(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""A live nn.Module → Checkpoint. The caller has torch; nothing here imports it."""
+"""A live nn.Module, or its state_dict, → Checkpoint. The caller has torch; nothing here imports it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,24 @@ from typing import Any
 from numpy.typing import NDArray
 
 from normdoctor.errors import InputError
-from normdoctor.layers import ArrayRef, Checkpoint, Container
-from normdoctor.readers.modules import ModuleRecord, read_modules
+from normdoctor.layers import ArrayRef, Checkpoint, Container, Reference
+from normdoctor.readers.modules import ModuleRecord, notes_on_lazy, read_modules
+from normdoctor.readers.naming import read_names, why_no_norms
 
 
 def is_module(target: object) -> bool:
     """Whether `target` is a torch.nn.Module, told without importing torch."""
     return any(
         base.__module__ == "torch.nn.modules.module" and base.__name__ == "Module" for base in type(target).__mro__
+    )
+
+
+def is_state_dict(target: object) -> bool:
+    """Whether `target` is a flat mapping of names to tensors; what is no tensor in it may be an extra state."""
+    return (
+        isinstance(target, Mapping)
+        and all(isinstance(name, str) for name in target)
+        and any(map(_is_tensor, target.values()))
     )
 
 
@@ -29,8 +39,38 @@ def read(module: Any) -> Checkpoint:
         format="live PyTorch module",
         container=Container.MEMORY,
         models=(model,),
+        notes=tuple(notes_on_lazy([model])),
         list_references=lambda: references,
     )
+
+
+def read_state_dict(state: Mapping[str, Any]) -> Checkpoint:
+    """The norm layers of a state_dict in memory. What lies a level deeper in it is not read, and noted."""
+    tensors = {name: LiveArray(value) for name, value in state.items() if _is_tensor(value) and not _is_lazy(value)}
+    model = read_names(tensors)
+    inside = [name for name, value in state.items() if isinstance(value, Mapping)]
+    why = None if model.layers else why_no_norms(tensors)
+    notes = [f"no norm layers: {why}"] if why else []
+    if inside:
+        count = "1 mapping" if len(inside) == 1 else f"{len(inside):,} mappings"
+        notes.append(f"not looked into: {count} inside this one ({inside[0]}); inspect each by itself")
+    return Checkpoint(
+        path="state_dict",
+        format="live PyTorch state_dict",
+        container=Container.MEMORY,
+        models=(model,),
+        notes=tuple(notes),
+        list_references=lambda: tuple(Reference(name, array) for name, array in tensors.items()),
+    )
+
+
+def _is_tensor(value: object) -> bool:
+    return any(base.__module__ == "torch" and base.__name__ == "Tensor" for base in type(value).__mro__)
+
+
+def _is_lazy(tensor: object) -> bool:
+    """A lazy module's tensors have neither shape nor values before its first batch."""
+    return type(tensor).__name__.startswith("Uninitialized")
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,12 +136,7 @@ class LiveModule:
     def _own(self) -> dict[str, Any]:
         module = self.module
         tables = {**module._parameters, **module._buffers}
-        # A lazy module's tensors have neither shape nor values before its first batch.
-        return {
-            name: tensor
-            for name, tensor in tables.items()
-            if tensor is not None and not type(tensor).__name__.startswith("Uninitialized")
-        }
+        return {name: tensor for name, tensor in tables.items() if tensor is not None and not _is_lazy(tensor)}
 
     @cached_property
     def tensors(self) -> Mapping[str, ArrayRef]:

@@ -58,6 +58,9 @@ class ModuleRecord(Protocol):
     def children(self) -> Iterable[tuple[str, ModuleRecord]]: ...
 
 
+LAZY = "a lazy norm that has seen no batch and has no values yet"
+"""Why a LazyBatchNorm2d is no layer."""
+
 FLOAT_LIMIT = 2**1023
 """An int beyond it has no float."""
 
@@ -97,6 +100,15 @@ def read_modules(
     layers = with_aliases(walk.layers, walk.aliases)
     model = finish(key, layers, near_misses=walk.misses, averaged=walk.averaged, budget=budget)
     return model, tuple(references)
+
+
+def notes_on_lazy(models: Iterable[Model]) -> Iterator[str]:
+    """A note on the lazy norms that have no values yet; nothing where there are none."""
+    names = [miss.name for model in models for miss in model.near_misses if miss.reason == LAZY]
+    if names:
+        count = "1 lazy norm has" if len(names) == 1 else f"{len(names):,} lazy norms have"
+        first = names[0] or "the module itself"
+        yield f"{count} seen no batch and no values to judge (the first is {first}): run one batch first"
 
 
 def _named_modules(root: ModuleRecord) -> Iterator[tuple[str, ModuleRecord]]:
@@ -144,6 +156,8 @@ def _look_at(name: str, module: ModuleRecord, walk: _Walk) -> None:
         sizes = [size_of(fields[role]) for role in ("running_var", "weight", "running_mean") if role in fields]
         channels = sizes[0] if sizes else width or 0
         if not channels:
+            if class_names[0].rpartition(".")[2].startswith("Lazy"):
+                walk.misses.append(NearMiss(name=name, shape=(), reason=LAZY))
             return  # a module that only holds a norm, or Conv2dNormActivation: the norm itself comes below
     layer = _layer(name, module, kind, channels, fields)
     walk.layers.append(replace(layer, stored_names=stored_names(group, fields)))

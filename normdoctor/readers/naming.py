@@ -278,7 +278,7 @@ def read_names(tensors: Mapping[str, ArrayRef], key: str | None = None, budget: 
     """The norm layers among the tensors of one flat state_dict, in its order.
 
     key: where in the file the state_dict was found, if the file holds several."""
-    sorted_groups = [group_of(parent, leaves) for parent, leaves in _by_parent(tensors).items()]
+    sorted_groups = [group_of(parent, leaves) for parent, leaves in by_parent(tensors).items()]
     outcomes = [(group, recognise(group)) for group in sorted_groups]
     layers, misses = [], []
     batch_places = _batch_places(outcomes)
@@ -304,7 +304,7 @@ def read_names(tensors: Mapping[str, ArrayRef], key: str | None = None, budget: 
     return finish(key, layers, near_misses=misses, averaged=averaged(tensors), budget=budget)
 
 
-def _by_parent(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
+def by_parent(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
     """The tensors of each parent by their leaf names."""
     parents: dict[str, dict[str, T]] = defaultdict(dict)
     for name, tensor in tensors.items():
@@ -320,7 +320,7 @@ def possible_norms(names: Iterable[str]) -> set[str]:
     """The names that can belong to a norm layer, or say that a model is an average, whatever their shapes are."""
     possible: set[str] = set()
     known: dict[tuple[str, ...], bool] = {}
-    for parent, leaves in _by_parent({name: name for name in names}).items():
+    for parent, leaves in by_parent({name: name for name in names}).items():
         kind = (Group(parent=parent).own_name, *leaves)  # a mixture of experts has 100,000 alike
         if kind not in known:
             group = group_of(parent, {leaf: _stand_in(leaf) for leaf in leaves})
@@ -367,7 +367,7 @@ def why_no_norms(tensors: Mapping[str, ArrayRef]) -> str | None:
     """What the names and shapes say about a state_dict without norm layers, None where they say nothing.
 
     Folding a BatchNorm leaves its shift behind as a bias, which a convolution in front of a norm goes without."""
-    parents = _by_parent(tensors).values()
+    parents = by_parent(tensors).values()
     convolutions = [leaves for leaves in parents if "weight" in leaves and len(leaves["weight"].shape) >= 3]
     if not convolutions:
         return None

@@ -56,7 +56,8 @@ class PickleMachine:
         self._max_opcodes = MAX_OPCODES if max_opcodes is None else max_opcodes
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
-        self._calls: list[Call] = []
+        self.calls: list[Call] = []
+        """Every call so far, also where the pickle breaks off: loading it would have made them by then."""
         self._persistent_ids: list[PersistentId] = []
         self._kept = 0
         self._kept_lines = 0
@@ -69,7 +70,7 @@ class PickleMachine:
             for _ in range(self._max_opcodes):
                 code = read(1)
                 if code == b".":
-                    return Pickled(self._pop(), self._calls, self._persistent_ids)
+                    return Pickled(self._pop(), self.calls, self._persistent_ids)
                 handler = handlers.get(code)
                 if handler is None:
                     raise self._error(f"has the unknown opcode {code!r}" if code else "ends in the middle")
@@ -161,7 +162,7 @@ class PickleMachine:
                 self._set_items(self._stack[-1], [*pair])
             return
         call = Call(function, args, creates)
-        self._calls.append(call)
+        self.calls.append(call)
         self._push(call)
 
     def _global(self, module: Any, name: Any) -> None:

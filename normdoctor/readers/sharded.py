@@ -7,26 +7,42 @@ state_dict: what is decided on a whole model is decided on the whole model.
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from normdoctor.errors import InputError
-from normdoctor.layers import ArrayRef, Checkpoint, Container, NormLayer, Reference
+from normdoctor.layers import TRACKING_KINDS, ArrayRef, Checkpoint, Container, NormLayer, Reference
 from normdoctor.readers.arrays import Source, path_inside
-from normdoctor.readers.naming import possible_norms, read_names, why_no_norms
+from normdoctor.readers.naming import by_parent, possible_norms, read_names, why_no_norms
 from normdoctor.readers.safetensors import unique_names
 
 INDEX_NAME = re.compile(r"\.index(\.[\w-]+)?\.json$")
 """model.safetensors.index.json, pytorch_model.bin.index.json; a variant stands in front or in the middle."""
+
+ONE_FILE = 'save the model in one file: save_pretrained(".", max_shard_size="1000GB") writes model.safetensors'
+"""A size above that of any model, in a unit that all of transformers' releases are likely to know."""
+
+SHARD_NAME = re.compile(r"-(\d{1,6})-of-(\d{1,6})\.[^.]+$")
+"""model-00001-of-00002.safetensors: how transformers and huggingface_hub call a shard."""
+
+ENDS = 2
+"""Where tensors are dealt out in order, so many layers of one shard are cut."""
+SHOWN = 5
 
 MAX_INDEX = 32 << 20
 MAX_ENTRIES = 300_000
 """An index of a mixture of 384 experts in 61 layers has 140,000 entries and 15 MB."""
 MAX_BRACKETS = 1000
 MAX_SHARDS = 10_000
+MAX_BESIDE = 512
+"""Files among which the index of a single file is looked for, which no other file of a large folder should pay for."""
+MAX_BESIDE_SHARD = 2 * MAX_SHARDS
+"""The same for a file that is called a shard."""
 
 PLACE_OF_KEY = 1 << 16
 """The key weight_map is looked for in this many first bytes."""
@@ -98,7 +114,7 @@ def read(source: Source, open_shard: Callable[[Path], Checkpoint]) -> Checkpoint
         list_references=lambda: tuple(Reference(name, array) for name, array in tensors.items()),
         load_calls=tuple(sorted(calls, key=lambda call: (-call.danger.value, call.name))),
         files=_files_of(model.layers, {name: places[name] for name in tensors}),
-        as_one_file='save the model in one file: save_pretrained(..., max_shard_size="1TB")',
+        as_one_file=ONE_FILE,
         bytes_total=source.size + sum(map(_size_of, shards)),
         count_bytes_read=lambda: source.bytes_read + sum(shard.count_bytes_read() for shard in opened.values()),
         on_close=close,
@@ -164,10 +180,96 @@ def _disagreements(places: Mapping[str, Path], found: Mapping[Path, Mapping[str,
 
 def _files_of(layers: Iterable[NormLayer], places: Mapping[str, Path]) -> dict[str, str]:
     """For each layer that lies in one shard, that shard."""
-    shards: dict[str, set[Path]] = defaultdict(set)
-    for name, shard in places.items():
-        shards[name.rpartition(".")[0]].add(shard)
+    shards = {parent: set(leaves.values()) for parent, leaves in by_parent(places).items()}
     return {layer.name: str(*shards[layer.name]) for layer in layers if len(shards[layer.name]) == 1}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The layers of one shard of which some tensors lie in another, and what is to be said of them."""
+
+    names: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+
+def cut_layers(checkpoint: Checkpoint) -> Cut:
+    """Which layers of a single file lie partly in another shard, by the index beside it.
+
+    Where there is none, but the name says that the file is a shard, those that lack what the others have; its
+    two ends cut two layers at most. Nothing is raised here for an index that cannot be read."""
+    path = Path(checkpoint.path)
+    if checkpoint.container not in (Container.SAFETENSORS, Container.ZIP, Container.LEGACY):
+        return Cut()
+    number = SHARD_NAME.search(path.name)
+    what = f"shard {int(number[1])} of {int(number[2])}" if number else "a shard"
+    places, notes = _index_beside(path, MAX_BESIDE_SHARD if number else MAX_BESIDE)
+    if places is not None:
+        spread = {parent for parent, leaves in by_parent(places).items() if len(set(leaves.values())) > 1}
+        names = [layer.name for layer in checkpoint.layers if layer.name in spread]
+        if names:
+            notes.append(f"{what}: {_lie(names)} partly in another shard, so not judged here; inspect the folder")
+        return Cut(frozenset(names), tuple(notes))
+    if number is None or int(number[2]) < 2:
+        return Cut(notes=tuple(notes))
+    names = [layer.name for layer in checkpoint.layers if _lacks_statistics(layer, checkpoint.layers)]
+    if not 0 < len(names) <= ENDS:
+        notes.append(f"{what}, without an index that lists it: layers may lie partly in another shard")
+        return Cut(notes=tuple(notes))
+    notes.append(
+        f"{what}, without an index that lists it: {_lie(names)} partly in another shard, as it seems, so "
+        "not judged here; inspect the folder of all shards and their index"
+    )
+    return Cut(frozenset(names), tuple(notes))
+
+
+def without_cut_layers(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without the layers that lie partly in another shard, and with a note on them."""
+    cut = cut_layers(checkpoint)
+    models = checkpoint.models
+    if cut.names:
+        models = tuple(
+            replace(model, layers=tuple(layer for layer in model.layers if layer.name not in cut.names))
+            for model in models
+        )
+    return replace(checkpoint, models=models, notes=(*checkpoint.notes, *cut.notes)) if cut.notes else checkpoint
+
+
+def _index_beside(path: Path, most: int) -> tuple[dict[str, Path] | None, list[str]]:
+    """What the index that lists this file says, None where there is none; and notes on what cannot be read."""
+    notes: list[str] = []
+    with suppress(OSError, ValueError), os.scandir(path.parent) as entries:
+        for entry in islice(entries, most):
+            if entry.name.endswith(".json") and INDEX_NAME.search(entry.name):
+                index = path.parent / entry.name
+                try:
+                    with Source(index) as source:
+                        places = read_index(source) if is_index(source) and _mentions(source, path.name) else {}
+                except InputError as error:
+                    notes.append(f"{error}; layers may lie partly in another shard")
+                    continue
+                if path in places.values():
+                    return places, []
+    return None, sorted(notes)
+
+
+def _mentions(source: Source, name: str) -> bool:
+    """Whether the name of a file stands in an index, which is told far quicker than the index is read."""
+    raw = source.read_at(0, min(source.size, MAX_INDEX))
+    return any(json.dumps(name, ensure_ascii=escaped).encode(errors="replace") in raw for escaped in (True, False))
+
+
+def _lacks_statistics(layer: NormLayer, others: Iterable[NormLayer]) -> bool:
+    """Half of the running statistics is missing, or all of them where another BatchNorm has them."""
+    if layer.kind not in TRACKING_KINDS:
+        return False
+    if layer.running_mean is None and layer.running_var is None:
+        return any(other.kind is layer.kind and other.running_var is not None for other in others)
+    return layer.running_mean is None or layer.running_var is None
+
+
+def _lie(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return f"{shown} {'lies' if len(names) == 1 else 'lie'}"
 
 
 def _exists(path: Path) -> bool:

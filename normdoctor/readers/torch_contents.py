@@ -16,7 +16,7 @@ from typing import Any
 from normdoctor.layers import ArrayRef, Model, Reference
 from normdoctor.readers.finishing import Budget
 from normdoctor.readers.load_calls import is_module_state
-from normdoctor.readers.modules import ModuleRecord, read_modules
+from normdoctor.readers.modules import ModuleRecord, notes_on_lazy, read_modules
 from normdoctor.readers.naming import FLAT_PARAMETER, read_names, why_no_norms
 from normdoctor.readers.pickle_records import Call, Global
 from normdoctor.readers.torch_tensors import TensorReader
@@ -81,6 +81,7 @@ def find_models(value: object, reader: TensorReader) -> Contents:
                 "save a full state_dict (StateDictType.FULL_STATE_DICT) to have them judged"
             )
         contents.models.append(with_key(model, key))
+    contents.notes += notes_on_lazy(contents.models)
     if not any(model.layers for model in contents.models) and not contents.notes:
         why = why_no_norms({reference.name: reference.array for reference in contents.references})
         contents.notes += [f"no norm layers: {why}"] if why else []

@@ -14,12 +14,13 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from normdoctor.errors import InputError
-from normdoctor.layers import Checkpoint, Container
+from normdoctor.layers import Checkpoint, Container, Danger
 from normdoctor.readers import load_calls
 from normdoctor.readers.arrays import ITEM_SIZES, FileStorage, Source, Storage
 from normdoctor.readers.pickle_machine import PickleMachine
@@ -30,6 +31,9 @@ from normdoctor.readers.torch_tensors import StorageKey, TensorReader, storage_k
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 
+MAX_BARE_OPCODES = 300_000
+"""So much of a plain pickle is looked through for calls; it is not read in any case."""
+
 MAX_INFLATED = 256 << 20
 """The compressed records of a file are inflated up to this size together; torch itself compresses nothing."""
 
@@ -37,6 +41,9 @@ LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 END_RECORD = struct.Struct("<4s4H2LH")
 ZIP64_LOCATOR = struct.Struct("<4sLQL")
 ZIP64_END_RECORD = struct.Struct("<4sQ2H2L4Q")
+
+
+TRUNCATED = "The file is truncated or was not written completely; copy or download it again."
 
 
 def is_zip(source: Source) -> bool:
@@ -74,6 +81,26 @@ def is_bare_pickle(source: Source) -> bool:
     return source.size >= 2 and source.read_at(0, 1) == b"\x80" and source.read_at(1, 1) in b"\x02\x03\x04\x05"
 
 
+def explain_bare_pickle(source: Source) -> InputError:
+    """Why a plain pickle is not read, and what it would do to somebody who loads it."""
+    machine = PickleMachine(source.stream(), "pickle", MAX_BARE_OPCODES)
+    with suppress(InputError):
+        machine.run()
+    acting = [call.name for call in load_calls.judge(machine.calls) if call.danger is Danger.OTHER]
+    what = f"{source.path}: a plain Python pickle, not written by torch.save"
+    if not acting:
+        return InputError(
+            what,
+            "If you trust where it comes from, load it where it was made and save the state_dict with torch.save "
+            "or safetensors.",
+        )
+    names = ", ".join(name[:100] for name in acting[:5]) + (f" and {len(acting) - 5} more" if len(acting) > 5 else "")
+    return InputError(
+        f"{what}; loading it would call {names}",
+        "Do not load it, unless you know what that is for and trust where it comes from.",
+    )
+
+
 # the zip container
 
 
@@ -90,7 +117,8 @@ class ZipRecords:
         try:
             with zipfile.ZipFile(source.stream()) as archive:
                 infos = archive.infolist()
-                one_directory = archive.start_dir == self._directory()
+                end, start = self._directory()
+                one_directory = archive.start_dir == start
         except (
             zipfile.BadZipFile,
             OSError,
@@ -100,10 +128,9 @@ class ZipRecords:
             EOFError,
             OverflowError,
         ) as error:
-            raise InputError(
-                f"{source.path}: the zip container is damaged ({error})",
-                "The file is truncated or was not written completely; copy or download it again.",
-            ) from None
+            raise InputError(f"{source.path}: the zip container is damaged ({error})", TRUNCATED) from None
+        if not one_directory and not self._is_end_of_file(end):  # the end of a zip inside, and the outer one is lost
+            raise InputError(f"{source.path}: the zip container is damaged: its end is missing", TRUNCATED)
         if not one_directory:
             raise self._misleading("the directory of the zip is not where its end says it is")
         self.infos: dict[str, zipfile.ZipInfo] = {}
@@ -115,9 +142,11 @@ class ZipRecords:
             seen.add(info.filename.lower())
             self.infos[info.filename] = info
 
-    def _directory(self) -> int | None:
-        """Where the end of the file says the directory begins. zipfile looks in front of the end instead, torch
-        does not: a file with two directories shows them two contents."""
+    def _directory(self) -> tuple[int, int | None]:
+        """Where the end record lies, and where it says the directory begins.
+
+        zipfile looks in front of the end instead, torch does not: a file with two directories shows them two
+        contents."""
         tail_size = END_RECORD.size  # torch writes no comment behind it
         tail = self.source.read_at(self.source.size - tail_size, tail_size)
         if not (tail.startswith(b"PK\x05\x06") and tail.endswith(b"\0\0")):
@@ -128,11 +157,16 @@ class ZipRecords:
         *_, start, _ = END_RECORD.unpack(self.source.read_at(end, END_RECORD.size))
         locator = end - ZIP64_LOCATOR.size
         if locator < 0 or self.source.read_at(locator, 4) != b"PK\x06\x07":
-            return int(start)
+            return end, int(start)
         _, _, end64, _ = ZIP64_LOCATOR.unpack(self.source.read_at(locator, ZIP64_LOCATOR.size))
         if end64 != locator - ZIP64_END_RECORD.size:
-            return None
-        return int(ZIP64_END_RECORD.unpack(self.source.read_at(end64, ZIP64_END_RECORD.size))[-1])
+            return end, None
+        return end, int(ZIP64_END_RECORD.unpack(self.source.read_at(end64, ZIP64_END_RECORD.size))[-1])
+
+    def _is_end_of_file(self, end: int) -> bool:
+        """Whether the end record and its comment are the last that the file has."""
+        *_, comment = END_RECORD.unpack(self.source.read_at(end, END_RECORD.size))
+        return bool(end + END_RECORD.size + comment == self.source.size)
 
     def _misleading(self, how: str) -> InputError:
         return InputError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,10 +12,16 @@ from typing import Any, Literal
 from normdoctor.errors import RefusedError, UsageError
 from normdoctor.findings import repaired_path
 from normdoctor.inspection import check_momentum, matches, several
-from normdoctor.layers import Checkpoint, Container, NormLayer
+from normdoctor.layers import TRACKING_KINDS, Checkpoint, Container, NormLayer
 from normdoctor.readers import open_checkpoint
-from normdoctor.recalibration.debias import Repair, Untouched, plan
+from normdoctor.readers.sharded import cut_layers
+from normdoctor.recalibration.debias import Repair, Untouched, is_weak, plan
+from normdoctor.rules.guards import exported
+from normdoctor.rules.wording import plural
 from normdoctor.writing import check_output
+
+FOLDED = re.compile("folded already|folded in;")
+"""How readers say of a file that its BatchNorms are gone."""
 
 MARK = "debias"
 """Recorded in an ONNX file, which has no counter to show that it was debiased already."""
@@ -28,7 +36,7 @@ class Recalibration:
     repairs: tuple[Repair, ...]
     untouched: tuple[Untouched, ...]
     notes: tuple[str, ...]
-    """Values the caller gave that the file says itself."""
+    """Values the caller gave that the file says itself, and what speaks against the repair or makes it useless."""
     recognisable: bool
     """Whether a second debias of the result would be refused: by its counters, or by the mark in an ONNX file."""
     path: Path | None = None
@@ -65,26 +73,32 @@ def recalibrate(
         raise UsageError(f"updates must be at least 1, not {updates}")
     momentum = check_momentum(momentum)
     target = None
+    if output is not None and str(output) == "-":
+        raise UsageError("-: a checkpoint is written to a file", "Give its name with -o, or leave -o out.")
     if isinstance(model, (str, Path)):
         target = repaired_path(Path(model)) if output is None else Path(output)
         check_output(target, Path(model), overwrite)
     elif output is not None:
-        raise UsageError("a live module is repaired in place", "Leave out output, and save it with torch.save.")
+        raise UsageError("what is in memory is repaired in place", "Leave out output, and save it with torch.save.")
     globs = several(layer)
-    with open_checkpoint(model) as checkpoint:
+    with open_checkpoint(model, cut_layers=True) as checkpoint:
         wanted = [found for found in checkpoint.layers if not globs or matches(found, globs)]
         if globs and not wanted:
             raise UsageError(f"no layer matches {', '.join(globs)}", "normdoctor inspect --all lists them.")
         _refuse_folder(checkpoint, wanted)
         _refuse_repetition(checkpoint)
-        repairs, untouched = plan(wanted, momentum=momentum, updates=updates, keep_counters=keep_counters)
+        _refuse_what_is_folded(checkpoint)
+        cut = cut_layers(checkpoint)
+        repairs, untouched = plan(
+            wanted, momentum=momentum, updates=updates, keep_counters=keep_counters, cut=cut.names
+        )
         _write(checkpoint, repairs, target)
     return Recalibration(
         source=checkpoint.path,
         method=method,
         repairs=tuple(repairs),
         untouched=tuple(untouched),
-        notes=tuple(_unused(repairs, momentum, updates)),
+        notes=(*(() if cut.names else cut.notes), *_unused(repairs, momentum, updates), *_doubts(repairs)),
         recognisable=checkpoint.container is Container.ONNX or all(repair.counter is not None for repair in repairs),
         path=target,
         module=model if target is None else None,
@@ -98,16 +112,51 @@ def _unused(repairs: list[Repair], momentum: float | None, updates: int | None) 
         yield f"updates {updates:,} were not used: the file says {repairs[0].updates:,}"
 
 
+def _doubts(repairs: Sequence[Repair]) -> Iterator[str]:
+    weak = sum(map(is_weak, repairs))
+    if weak:
+        yield (
+            f"in {weak} of {plural(len(repairs), 'layer')} the residue would be the smaller part of running_var: "
+            "buffers computed anew over that many batches (update_bn, precise BN) look the same as residue; if these "
+            "were, keep the original: compare the accuracy of both"
+        )
+    recorded = sum(repair.layer.training is True and exported(repair.layer) for repair in repairs)
+    if recorded:
+        were, use = ("1 layer was", "uses") if recorded == 1 else (f"{recorded:,} layers were", "use")
+        yield (
+            f"{were} recorded in training mode and {use} the batch at hand, whatever the buffers hold (C301): export "
+            "again in eval mode"
+        )
+
+
 def _refuse_folder(checkpoint: Checkpoint, wanted: Iterable[NormLayer]) -> None:
     if checkpoint.container is not Container.FOLDER:
         return
-    files = sorted({checkpoint.files[layer.name] for layer in wanted if layer.name in checkpoint.files})
-    if files:
-        more = f" (and {len(files) - 1} more shards)" if len(files) > 1 else ""
-        way_out = f"Repair each shard by itself: normdoctor recalibrate {files[0]} --method debias{more}"
+    tracking = [layer.name for layer in wanted if layer.kind in TRACKING_KINDS]
+    if not tracking:
+        return  # nothing to debias, in one file or in several
+    files = sorted({checkpoint.files[name] for name in tracking if name in checkpoint.files})
+    spread = [name for name in tracking if name not in checkpoint.files]
+    if files and not spread:
+        others = f" (and {plural(len(files) - 1, 'more shard')})" if len(files) > 1 else ""
+        way_out = f"Repair each shard by itself: normdoctor recalibrate {shlex.quote(files[0])} --method debias{others}"
     else:
-        way_out = f"First {checkpoint.as_one_file}"
+        one_file = checkpoint.as_one_file.rpartition(" ")[2]
+        why = f"{spread[0]} lies in more than one file. " if files else ""
+        way_out = f"{why}First {checkpoint.as_one_file}; then: normdoctor recalibrate {one_file} --method debias"
     raise RefusedError(f"{checkpoint.path}: a checkpoint in several files is not written as a whole", way_out)
+
+
+def _refuse_what_is_folded(checkpoint: Checkpoint) -> None:
+    """A file whose BatchNorms went into its convolutions is named as that."""
+    having = any(layer.running_mean is not None or layer.running_var is not None for layer in checkpoint.layers)
+    if having or not any(FOLDED.search(note) for note in checkpoint.notes):
+        return
+    raise RefusedError(
+        f"{checkpoint.path}: nothing to debias: no layer has running statistics; the BatchNorms are gone or folded "
+        "into other layers, if there were any",
+        "Repair the model that it was made from, then freeze or export that again.",
+    )
 
 
 def _refuse_repetition(checkpoint: Checkpoint) -> None:

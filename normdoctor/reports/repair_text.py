@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
+from collections import defaultdict
 from typing import TextIO
 
 from rich.console import Console
@@ -14,8 +14,10 @@ from normdoctor.layers import median
 from normdoctor.recalibration import Recalibration
 from normdoctor.recalibration.debias import Repair
 from normdoctor.reports.text import printable
+from normdoctor.reports.wording import plural
 
 SHOWN = 12
+NAMED = 4
 
 
 def write(result: Recalibration, stream: TextIO) -> None:
@@ -34,8 +36,12 @@ def write(result: Recalibration, stream: TextIO) -> None:
     if total > SHOWN:
         console.print(f"and {total - SHOWN} more")
     console.print()
-    for reason, count in Counter(entry.reason for entry in result.untouched).items():
-        console.print(f"left alone: {count} layer{'s' if count != 1 else ''}: {printable(reason)}")
+    left: dict[str, list[str]] = defaultdict(list)
+    for entry in result.untouched:
+        left[entry.reason].append(entry.layer.name)
+    for reason, names in left.items():
+        which = f" ({', '.join(names)})" if len(names) <= NAMED else ""
+        console.print(printable(f"left alone: {plural(len(names), 'layer')}{which}: {reason}"), soft_wrap=True)
     for note in result.notes:
         console.print(f"note: {printable(note)}", soft_wrap=True)
     if not result.recognisable:

@@ -10,6 +10,7 @@ import pickle
 import random
 import struct
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -176,7 +177,7 @@ OTHERS: dict[str, tuple[bytes, str]] = {
     "tar": (tar(), "tar archive"),
     "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
     "a web page": (b"<!DOCTYPE html><html></html>", "HTML page"),
-    "a bare pickle": (pickle.dumps({"a": 1}), "plain Python pickle"),
+    "a bare pickle": (pickle.dumps({"a": 1}), r"plain Python pickle, not written by torch\.save$"),
     "Keras": (zip_of("model.weights.h5", "config.json"), "Keras"),
     "pt2 without a graph": (
         zip_of("archive/archive_format", "archive/models/model.json", "archive/version"),
@@ -194,6 +195,40 @@ def test_other_kinds_of_files_are_named(raw: bytes, words: str, tmp_path: Path) 
     path = tmp_path / "model.pt"
     path.write_bytes(raw)
     refused(path, words)
+
+
+class Acting:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("echo loaded > loaded",)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 3])
+def test_what_a_bare_pickle_would_call(cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it breaks off after the call, which loading would have made by then."""
+    monkeypatch.chdir(tmp_path)
+    raw = pickle.dumps([Acting(), "x"])
+    path = tmp_path / "model.pkl"
+    path.write_bytes(raw[: len(raw) - cut])
+    with pytest.raises(InputError, match=r"loading it would call (posix|nt)\.system") as caught:
+        open_checkpoint(path)
+    assert caught.value.hint.startswith("Do not load it")
+    assert not (tmp_path / "loaded").exists()
+
+
+def test_a_harmless_bare_pickle_is_a_matter_of_trust(tmp_path: Path) -> None:
+    path = tmp_path / "model.pkl"
+    path.write_bytes(pickle.dumps({"w": np.zeros(3)}))
+    with pytest.raises(InputError, match="plain Python pickle") as caught:
+        open_checkpoint(path)
+    assert caught.value.hint.startswith("If you trust where it comes from, ")
+
+
+def test_a_bare_pickle_without_end_takes_little_time(tmp_path: Path) -> None:
+    path = tmp_path / "model.pkl"
+    path.write_bytes(b"\x80\x04" + b"N0" * 5_000_000)
+    begin = time.process_time()
+    refused(path, "plain Python pickle")
+    assert time.process_time() - begin < 3
 
 
 def test_the_suffix_decides_nothing(save: Save, tmp_path: Path) -> None:
@@ -325,6 +360,24 @@ def test_two_directories(tmp_path: Path) -> None:
         assert b"good" in seen.read("archive/data.pkl")
     assert torch.load(path) == {"word": "evil"}
     refused(path, "directory of the zip is not where its end says")
+
+
+@pytest.mark.parametrize("cut", [1, 100, 500, 2000, 5000])
+def test_a_lost_end_behind_another_zip(cut: int, tmp_path: Path) -> None:
+    """A .pt2 holds whole zips. When its end is cut off, the end of one of those is the last in the file."""
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w") as archive:
+        archive.writestr("a/data.pkl", b"x" * 1000)
+    path = tmp_path / "cut.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m/archive_format", b"pt2")
+        archive.writestr("m/data/weights/a.pt", inner.getvalue())
+        for number in range(60):
+            archive.writestr(f"m/extra/{number}", b"y" * 100)
+    os.truncate(path, path.stat().st_size - cut)
+    with pytest.raises(InputError, match=r"zip container is damaged: its end is missing|not a zip file") as caught:
+        open_checkpoint(path)
+    assert "truncated" in caught.value.hint and "copy or download it again" in caught.value.hint
 
 
 def test_bytes_around_the_zip(plain: Path, target: Path) -> None:

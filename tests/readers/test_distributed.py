@@ -142,7 +142,7 @@ class TestSavedByTorch:
         with pytest.raises(RefusedError, match="several files") as caught:
             recalibrate(folder, method="debias", momentum=0.1)
         convert = f"convert it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch '{folder}' model.pt"
-        assert caught.value.hint == f"First {convert}"
+        assert caught.value.hint == f"First {convert}; then: normdoctor recalibrate model.pt --method debias"
         checkpoint = read(folder)
         fix = fill_in(DEBIAS_COMMAND, checkpoint, " --momentum 0.1", checkpoint.layers[0])
         debias = "normdoctor recalibrate model.pt --method debias --momentum 0.1 -o model.recalibrated.pt"

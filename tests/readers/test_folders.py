@@ -141,13 +141,28 @@ class TestFolders:
         (tmp_path / "b").symlink_to("a")
         (tmp_path / "c.pt").symlink_to("a/m.pt")
         (tmp_path / "d.pt").symlink_to("nowhere")
+        (tmp_path / "notes.md").symlink_to("nowhere")
         assert found() == ["a/m.pt", "d.pt"]
+        assert find_checkpoints([tmp_path]).passed_over == 2  # notes.md and a/self
 
     def test_a_file_given_is_always_a_target(self, tmp_path: Path, found: Found) -> None:
         (tmp_path / "notes.txt").write_text("no model")
         torch_file(tmp_path / "optimizer.pt")
         assert found("notes.txt", "optimizer.pt", "missing.pt") == ["notes.txt", "optimizer.pt", "missing.pt"]
         assert find_checkpoints([str(tmp_path / "notes.txt")]).passed_over == 0
+
+    @pytest.mark.parametrize("address", ["https://host/m.pt?download=1", "s3://bucket/[a]/*.pt", "hf://x/y"])
+    def test_an_address_is_no_path(self, address: str) -> None:
+        (target,) = find_checkpoints([address]).targets
+        with pytest.raises(InputError, match="URLs are not read") as caught:
+            open_checkpoint(target)
+        assert "Download" in caught.value.hint
+
+    def test_a_file_whose_path_looks_like_an_address(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        torch_file(tmp_path / "https:/host/m.pt")
+        monkeypatch.chdir(tmp_path)
+        with open_checkpoint("https://host/m.pt") as checkpoint:
+            assert len(checkpoint.layers) == 1
 
     def test_nothing(self, tmp_path: Path, found: Found) -> None:
         (tmp_path / "notes.txt").write_text("no model")
@@ -223,7 +238,7 @@ class TestSeveralFilesInOne:
 
     def test_a_folder_that_is_none(self, tmp_path: Path) -> None:
         torch_file(tmp_path / "a.pt")
-        with pytest.raises(InputError, match="is a folder of 1 files and folders, not one checkpoint") as caught:
+        with pytest.raises(InputError, match="is a folder of one file or folder, not one checkpoint") as caught:
             open_checkpoint(tmp_path)
         assert f"normdoctor inspect {tmp_path}" in caught.value.hint
 

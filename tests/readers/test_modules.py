@@ -214,3 +214,57 @@ def test_declared_widths() -> None:
     assert declared_width({"normalized_shape": (2, 3)}) == 6
     assert declared_width({"num_channels": True}) is None
     assert declared_width({}) is None
+
+
+@pytest.mark.parametrize("form", ["live", "zip", "legacy"])
+def test_lazy_norms_without_values_are_noted(form: str, read: Read, save: Save) -> None:
+    net = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.BatchNorm2d(4), nn.LazyInstanceNorm2d())
+    checkpoint = read(net if form == "live" else save(net, legacy=form == "legacy"))
+    assert [layer.name for layer in checkpoint.layers] == ["2"]
+    assert [note for note in checkpoint.notes if note.startswith("2 lazy norms have seen no batch")]
+    net(torch.rand(2, 3, 8, 8))
+    checkpoint = read(net if form == "live" else save(net, legacy=form == "legacy"))
+    assert [layer.name for layer in checkpoint.layers][:2] == ["1", "2"]
+    assert not any("1 (" in note or "(the first is 1)" in note for note in checkpoint.notes)
+
+
+class TestStateDictInMemory:
+    def test_as_its_file(self, read: Read, save: Save) -> None:
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.LayerNorm(6)))
+        for state in (
+            net.state_dict(),
+            dict(net.state_dict()),
+            dict(net.named_parameters()) | dict(net.named_buffers()),
+        ):
+            live, stored = inspect(state), inspect(save(net.state_dict()))
+            assert [(one.name, one.kind, one.channels) for one in live.layers] == [
+                (one.name, one.kind, one.channels) for one in stored.layers
+            ]
+            assert live.findings == stored.findings
+        assert live.format == "live PyTorch state_dict"
+        assert read(net.state_dict()).notes == ()
+
+    def test_tied_tensors(self, read: Read) -> None:
+        state = {f"a.bn.{name}": tensor for name, tensor in nn.BatchNorm2d(4).state_dict().items()}
+        state |= {name.replace("a.", "b."): tensor for name, tensor in state.items()}
+        (layer,) = read(state).layers
+        assert layer.aliases == ("b.bn",)
+
+    def test_what_is_no_tensor_in_it(self, read: Read) -> None:
+        state = {f"bn.{name}": tensor for name, tensor in nn.BatchNorm2d(4).state_dict().items()}
+        extra = {"fc._extra_state": b"x", "epoch": 3, "ema": dict(state), "lazy.weight": nn.UninitializedParameter()}
+        checkpoint = read(state | extra)
+        assert [layer.name for layer in checkpoint.layers] == ["bn"]
+        assert [note for note in checkpoint.notes if "not looked into: 1 mapping" in note and "(ema)" in note]
+
+    def test_other_mappings_are_refused(self) -> None:
+        for target in (
+            {"state_dict": nn.BatchNorm2d(4).state_dict()},
+            {0: torch.rand(3)},
+            {},
+            {"a": 1},
+            [torch.rand(3)],
+        ):
+            with pytest.raises(InputError, match="cannot inspect a") as caught:
+                inspect(target)
+            assert "state_dict" in caught.value.hint

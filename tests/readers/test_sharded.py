@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from normdoctor.readers import open_checkpoint
 from normdoctor.readers.naming import Recognised, group_of, possible_norms, recognise
 from normdoctor.readers.sharded import natural_order
 from normdoctor.recalibration import recalibrate
+from normdoctor.reports import repair_text
 from normdoctor.rules.runner import fill_in
 
 Read = Callable[[Any], Checkpoint]
@@ -152,6 +154,157 @@ def test_recalibrate_names_the_shard(tmp_path: Path) -> None:
             recalibrate(target, method="debias", momentum=0.1, output=tmp_path / "out.safetensors")
         assert "net/model-00001-of-00002.safetensors --method debias" in caught.value.hint
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def norms(count: int = 3) -> dict[str, torch.Tensor]:
+    """BatchNorms that still hold 81 % of their initial values, in the model's order."""
+    torch.manual_seed(0)
+    state = {}
+    for place in range(count):
+        norm = nn.BatchNorm1d(16, momentum=0.001)
+        for _ in range(216):
+            norm(torch.randn(32, 16) * 2 + 1)
+        state |= {f"net.bn{place}.{name}": tensor for name, tensor in norm.state_dict().items()}
+    return state
+
+
+CUT_AT = [7, 8, 9]
+"""In the second of three layers with five tensors: behind its bias, its mean, its var."""
+
+
+class TestOneShardAlone:
+    """What pre-commit and globs pass: the shards of a good model one by one."""
+
+    @pytest.mark.parametrize("kind", ["safetensors", "bin"])
+    @pytest.mark.parametrize("cut", CUT_AT)
+    def test_a_layer_cut_in_two_is_not_judged(self, tmp_path: Path, kind: str, cut: int) -> None:
+        index = write_shards(tmp_path, split(norms(), (cut, 15 - cut)), kind)
+        assert len(inspect(index).layers) == 3
+        for number, name in ((1, "net.bn0"), (2, "net.bn2")):
+            report = inspect(next(tmp_path.glob(f"*-{number:05}-of-*")))
+            assert [layer.name for layer in report.layers] == [name]
+            assert not {"S116", "S117"} & {finding.code for finding in report.findings}
+            said = f"shard {number} of 2: net.bn1 lies partly in another shard, so not judged here; inspect the folder"
+            assert report.notes == (() if (cut, number) == (9, 2) else (said,))  # a lone counter is no layer
+
+    @pytest.mark.parametrize("cut", [7, 8])
+    def test_without_an_index(self, tmp_path: Path, cut: int) -> None:
+        write_shards(tmp_path, split(norms(), (cut, 15 - cut))).unlink()
+        for number, own in ((1, "net.bn0"), (2, "net.bn2")):
+            report = inspect(next(tmp_path.glob(f"*-{number:05}-of-*")))
+            assert not {"S117"} & {finding.code for finding in report.findings}
+            assert own in [layer.name for layer in report.layers]
+            assert len(report.notes) == 1 and "without an index that lists it" in report.notes[0]
+
+    def test_other_names_of_shards(self, tmp_path: Path, read: Read) -> None:
+        parts = split(norms(), (8, 7))
+        for name, state in zip(("first.safetensors", "second.safetensors"), parts, strict=True):
+            safetensors.torch.save_file(state, tmp_path / name)
+        alone = read(tmp_path / "first.safetensors")
+        assert [layer.name for layer in alone.layers] == ["net.bn0", "net.bn1"] and alone.notes == ()
+        places = dict.fromkeys(parts[0], "first.safetensors") | dict.fromkeys(parts[1], "second.safetensors")
+        write_index(tmp_path / INDEX["safetensors"], places)
+        cut = read(tmp_path / "first.safetensors")
+        assert [layer.name for layer in cut.layers] == ["net.bn0"]
+        assert cut.notes == ("a shard: net.bn1 lies partly in another shard, so not judged here; inspect the folder",)
+
+    def test_an_index_of_other_files_says_nothing(self, tmp_path: Path, read: Read) -> None:
+        write_shards(tmp_path, split(norms(), (8, 7)))
+        (tmp_path / "other.index.json").write_text('{"weight_map": {')
+        torch.save(split(norms(), (8, 7))[0], tmp_path / "mine.bin")
+        checkpoint = read(tmp_path / "mine.bin")
+        assert len(checkpoint.layers) == 2 and checkpoint.notes == ()
+
+    @pytest.mark.parametrize(
+        "content",
+        ['{"weight_map": {"a": "NAME"', '{"weight_map": {"a": "NAME", "b": "../x"}}', '{"weight_map": ["NAME"]}'],
+    )
+    def test_a_broken_index_is_a_note(self, tmp_path: Path, content: str) -> None:
+        index = write_shards(tmp_path, split(norms(), (8, 7)))
+        name = "model-00001-of-00002.safetensors"
+        index.write_text(content.replace("NAME", name))
+        report = inspect(tmp_path / name)
+        assert [layer.name for layer in report.layers] == ["net.bn0"]
+        assert any("layers may lie partly in another shard" in note for note in report.notes)
+        assert any("shard 1 of 2, without an index that lists it" in note for note in report.notes)
+
+    def test_many_half_layers_are_no_matter_of_shards(self, tmp_path: Path) -> None:
+        state = {name: tensor for name, tensor in norms(4).items() if not name.endswith("running_var")}
+        safetensors.torch.save_file(state, tmp_path / "m-00001-of-00002.safetensors")
+        report = inspect(tmp_path / "m-00001-of-00002.safetensors")
+        assert [finding.code for finding in report.findings].count("S117") == 4
+        assert len(report.notes) == 1
+
+    def test_one_of_one_is_whole(self, tmp_path: Path) -> None:
+        state = norms(1)
+        del state["net.bn0.running_var"]
+        safetensors.torch.save_file(state, tmp_path / "m-00001-of-00001.safetensors")
+        report = inspect(tmp_path / "m-00001-of-00001.safetensors")
+        assert "S117" in {finding.code for finding in report.findings} and report.notes == ()
+
+
+class TestRecalibrateShards:
+    @pytest.mark.parametrize(("cut", "index"), [(7, True), (8, True), (9, True), (8, False)])
+    def test_a_layer_cut_in_two_is_named_as_left_alone(self, tmp_path: Path, cut: int, index: bool) -> None:
+        path = write_shards(tmp_path / "net", split(norms(), (cut, 15 - cut)))
+        if not index:
+            path.unlink()
+        for number, own in ((1, "net.bn0"), (2, "net.bn2")):
+            shard = tmp_path / "net" / f"model-{number:05}-of-00002.safetensors"
+            result = recalibrate(shard, method="debias", momentum=0.001, output=tmp_path / f"{number}.safetensors")
+            repaired, left = [r.layer.name for r in result.repairs], [u.layer.name for u in result.untouched]
+            assert (repaired, left) == ([own], [] if (cut, number) == (9, 2) else ["net.bn1"])
+            if left:
+                assert "lies partly in another shard" in result.untouched[0].reason
+                stream = io.StringIO()
+                repair_text.write(result, stream)
+                assert "left alone: 1 layer (net.bn1): lies partly in another shard" in stream.getvalue()
+
+    def test_nothing_else_to_repair(self, tmp_path: Path) -> None:
+        write_shards(tmp_path / "net", split(norms(1), (3, 2)))
+        for number in (1, 2):
+            shard = tmp_path / "net" / f"model-{number:05}-of-00002.safetensors"
+            with pytest.raises(RefusedError, match="nothing to debias: lies partly in another shard") as caught:
+                recalibrate(shard, method="debias", momentum=0.001, output=tmp_path / "out.safetensors")
+            assert "folder" in caught.value.hint
+        assert not (tmp_path / "out.safetensors").exists()
+
+    def test_half_a_layer_of_any_file(self, tmp_path: Path) -> None:
+        state = norms(2)
+        del state["net.bn1.running_mean"]
+        safetensors.torch.save_file(state, tmp_path / "m.safetensors")
+        (left,) = recalibrate(tmp_path / "m.safetensors", method="debias", momentum=0.001).untouched
+        assert (left.layer.name, left.reason) == ("net.bn1", "has a running_var, but no running_mean in this file")
+
+    def test_the_folder_is_to_be_joined_where_a_layer_is_cut(self, tmp_path: Path) -> None:
+        write_shards(tmp_path / "net", split(norms(), (8, 7)))
+        with pytest.raises(RefusedError, match="several files") as caught:
+            recalibrate(tmp_path / "net", method="debias", momentum=0.001)
+        hint = caught.value.hint
+        assert hint.startswith("net.bn1 lies in more than one file. First save the model in one file: save_pretrained(")
+        assert hint.endswith("writes model.safetensors; then: normdoctor recalibrate model.safetensors --method debias")
+        for layer, start in (("*.bn0", "Repair each shard by itself"), ("*.bn1", "First save the model")):
+            with pytest.raises(RefusedError) as caught:
+                recalibrate(tmp_path / "net", method="debias", momentum=0.001, layer=layer)
+            assert caught.value.hint.startswith(start)
+
+    def test_nothing_to_repair_in_a_folder(self, tmp_path: Path) -> None:
+        write_shards(tmp_path / "net", by_shard(llama()))
+        with pytest.raises(RefusedError, match="no layer has running statistics"):
+            recalibrate(tmp_path / "net", method="debias", momentum=0.001)
+
+    def test_how_many_more_shards(self, tmp_path: Path) -> None:
+        for count, words in ((2, "(and 1 more shard)"), (3, "(and 2 more shards)")):
+            write_shards(tmp_path / f"{count}", split(norms(count), (5,) * count))
+            with pytest.raises(RefusedError) as caught:
+                recalibrate(tmp_path / f"{count}", method="debias", momentum=0.001)
+            assert caught.value.hint.endswith(words)
+
+
+def test_the_shard_of_a_fused_norm(tmp_path: Path, read: Read) -> None:
+    parts = [{"a.linear.layer_norm_weight": torch.rand(8), "a.linear.layer_norm_bias": torch.rand(8)}, llama(1)]
+    write_shards(tmp_path, parts)
+    assert read(tmp_path).files["a.linear.layer_norm"].endswith("model-00001-of-00002.safetensors")
 
 
 def test_the_cache_of_huggingface_hub(tmp_path: Path, read: Read) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from normdoctor.errors import RefusedError
 from normdoctor.layers import NormKind, NormLayer
-from normdoctor.recalibration.debias import NEGLIGIBLE, Repair, plan
+from normdoctor.recalibration.debias import NEGLIGIBLE, Repair, is_weak, plan
 
 MakeLayer = Callable[..., NormLayer]
 
@@ -116,6 +116,8 @@ def test_a_second_time_is_refused(make_layer: MakeLayer) -> None:
         ({"momentum": 1.0}, "no known residue"),
         ({"running_mean": np.zeros(16), "running_var": np.ones(16)}, "never updated"),
         ({"running_mean": None, "running_var": None}, "no layer has running statistics"),
+        ({"running_mean": None}, "has a running_var, but no running_mean"),
+        ({"running_var": None}, "has a running_mean, but no running_var"),
         ({"kind": NormKind.LAYER}, "no layer has running statistics"),
     ],
 )
@@ -138,3 +140,38 @@ def test_layers_that_need_nothing_are_named_as_left_alone(make_layer: MakeLayer)
     repairs, untouched = plan([slow(make_layer), healthy], momentum=None, updates=None, keep_counters=False)
     assert [repair.layer.name for repair in repairs] == ["layer1.0.bn1"]
     assert [entry.layer.name for entry in untouched] == ["healthy"]
+
+
+class TestContradictions:
+    """One layer that cannot have started at 0 and 1 speaks for all that went through the same updates."""
+
+    def test_no_layer_of_its_group_is_changed(self, make_layer: MakeLayer) -> None:
+        layers = [
+            slow(make_layer, name="a"),
+            slow(make_layer, name="b", running_var=np.linspace(0.5, 1.5, 16)),
+            slow(make_layer, name="c"),
+            slow(make_layer, name="other.momentum", momentum=0.0011),
+            slow(make_layer, name="other.counter", num_batches_tracked=217),
+            slow(make_layer, name="ema:a"),
+        ]
+        repairs, untouched = plan(layers, momentum=None, updates=None, keep_counters=False)
+        assert [repair.layer.name for repair in repairs] == ["other.momentum", "other.counter", "ema:a"]
+        assert [entry.layer.name for entry in untouched] == ["a", "b", "c"]
+        assert {entry.reason.partition(",")[0] for entry in untouched} == {"b: running_var of channel 0 is 0.5"}
+
+    def test_the_first_one_is_named(self, make_layer: MakeLayer) -> None:
+        layers = [slow(make_layer, name=name, running_var=np.linspace(0.5, 1.5, 16)) for name in "ab"]
+        with pytest.raises(RefusedError, match=r"a: running_var of channel 0 is 0\.5, .*\(2 of 2 layers\)") as caught:
+            debias(*layers)
+        assert "started elsewhere" in caught.value.hint and "--layer" in caught.value.hint
+
+    def test_layers_that_are_left_alone_for_other_reasons_say_nothing(self, make_layer: MakeLayer) -> None:
+        fresh = slow(make_layer, name="fresh", running_mean=np.zeros(16), running_var=np.ones(16))
+        assert len(debias(slow(make_layer), fresh)) == 1
+
+
+@pytest.mark.parametrize(("low", "weak"), [(1.0, False), (1.55, False), (1.7, True), (30.0, True)])
+def test_evidence_is_weak_where_most_of_the_variance_is_data(make_layer: MakeLayer, low: float, weak: bool) -> None:
+    """The residue is 0.806, half of a variance of 1.61."""
+    (repair,) = debias(slow(make_layer, running_var=np.linspace(low, low * 1.001, 16)))
+    assert is_weak(repair) is weak
