@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from normdoctor.inspection import inspect, survey
     from normdoctor.layers import ArrayRef, Checkpoint, Model, NormKind, NormLayer
     from normdoctor.readers import open_checkpoint
-    from normdoctor.readers.folders import find_checkpoints
+    from normdoctor.readers.folders import Discovery, find_checkpoints
     from normdoctor.recalibration import Recalibration, recalibrate
     from normdoctor.rules import RULES
 
@@ -52,6 +52,7 @@ _HOMES = {
     "NormKind": "layers",
     "NormLayer": "layers",
     "open_checkpoint": "readers",
+    "Discovery": "readers.folders",
     "find_checkpoints": "readers.folders",
     "Recalibration": "recalibration",
     "recalibrate": "recalibration",
@@ -62,6 +63,7 @@ __all__ = [
     "RULES",
     "ArrayRef",
     "Checkpoint",
+    "Discovery",
     "Failure",
     "Finding",
     "InputError",

@@ -9,9 +9,12 @@ from pathlib import Path
 
 from normdoctor.errors import UsageError
 from normdoctor.findings import Finding, Severity, Survey
-from normdoctor.writing import check_text_output, replacing
+from normdoctor.writing import check_text_output, read_small, replacing
 
 SCHEMA_VERSION = 1
+
+MAX_SIZE = 64 << 20
+"""About half a million findings."""
 
 Baseline = Mapping[str, Severity]
 """Fingerprint → the severity that was accepted."""
@@ -43,15 +46,14 @@ def write(survey: Survey, path: Path) -> int:
 
 def read(path: Path) -> Baseline:
     """The baseline in a file. Raises UsageError where there is none."""
+    if not path.exists():
+        raise UsageError(f"{path}: no such baseline", f"Make it with: --write-baseline {path}")
+    raw = read_small(path, MAX_SIZE)
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(raw)
         if document["schema_version"] != SCHEMA_VERSION:
             raise UsageError(f"{path}: a baseline of another version", "Write it again with --write-baseline.")
         return {str(entry["fingerprint"]): Severity[entry["severity"].upper()] for entry in document["findings"]}
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such baseline", f"Make it with: --write-baseline {path}") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error})", "Check the path.") from None
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise UsageError(f"{path}: is not a baseline", "--write-baseline makes one.") from None
 

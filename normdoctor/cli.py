@@ -117,6 +117,8 @@ def note(message: str, hint: str = "") -> None:
 @contextmanager
 def stdout() -> Iterator[TextIO]:
     """sys.stdout to write to. A reader that stops early (| head) is no failure; a full disk is."""
+    if sys.stdout is None:
+        raise NormDoctorError("there is no stdout to write to", "Add -o FILE.")
     try:
         yield sys.stdout
         sys.stdout.flush()
@@ -148,13 +150,13 @@ def inspect(
         typer.Argument(metavar="FILE...", help="Model files, folders and globs; the content decides the format."),
     ] = None,
     select: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="CODES", help="Only these rules: S,A2,S104 (beginnings of codes).", rich_help_panel=JUDGED
         ),
     ] = None,
     ignore: Annotated[
-        str | None, typer.Option(metavar="CODES", help="Not these rules.", rich_help_panel=JUDGED)
+        list[str] | None, typer.Option(metavar="CODES", help="Not these rules.", rich_help_panel=JUDGED)
     ] = None,
     layer: Annotated[
         list[str] | None,
@@ -241,8 +243,8 @@ def inspect(
         raise UsageError("--settings and --no-settings exclude each other")
     found = settings or (None if no_settings else configuration.find(Path.cwd()))
     config = (configuration.read(found) if found else configuration.Configuration()).with_options(
-        select=("--select", None if select is None else split_codes(select)),
-        ignore=("--ignore", None if ignore is None else split_codes(ignore)),
+        select=("--select", split_codes(select) if select else None),
+        ignore=("--ignore", split_codes(ignore) if ignore else None),
         fail_on=("--fail-on", fail_on and fail_on.value),
         eps=("--eps", eps),
         momentum=("--momentum", momentum),
@@ -275,14 +277,16 @@ def inspect(
                 survey, output_format, stream, every_layer=every_layer, verbose=verbose, statistics=statistics
             )
     if survey.passed_over:
-        note(f"{survey.passed_over:,} other files in the folders searched hold no model and were passed over")
+        noun = "file holds" if survey.passed_over == 1 else "files hold"
+        note(f"{survey.passed_over:,} other {noun} no model: passed over")
     for failure in survey.failures:
         complain(failure)
     raise typer.Exit(exit_code(survey, "never" if write_baseline else config.fail_on))
 
 
-def split_codes(codes: str) -> tuple[str, ...]:
-    return tuple(code for code in codes.split(",") if code.strip())
+def split_codes(given: list[str]) -> tuple[str, ...]:
+    """["S,A2", "C3"] → ("S", "A2", "C3")."""
+    return tuple(code for codes in given for code in codes.split(","))
 
 
 def parse_thresholds(items: list[str]) -> dict[str, dict[str, float]]:
@@ -341,9 +345,11 @@ def accept(survey: Survey, path: Path) -> None:
     if survey.failures:
         note(f"{path}: not written, since not every file could be examined")
         return
+    from normdoctor.reports.wording import plural
+
     count = baseline.write(survey, path)
     with stdout() as stream:
-        stream.write(f"wrote {path}: {count} findings\nnext: normdoctor inspect ... --baseline {path}\n")
+        stream.write(f"wrote {path}: {plural(count, 'finding')}\nnext: normdoctor inspect ... --baseline {path}\n")
 
 
 @contextmanager

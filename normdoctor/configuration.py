@@ -25,8 +25,11 @@ from typing import Any
 from normdoctor.errors import UsageError, did_you_mean
 from normdoctor.findings import LayerIgnore, Precision
 from normdoctor.inspection import check_eps, check_momentum, check_precision, checked_limits, choose_rules
+from normdoctor.writing import read_small
 
 FAIL_ON = ("error", "warning", "info", "never")
+
+MAX_SIZE = 4 << 20
 
 OWN_FILE, SHARED_FILE = "normdoctor.toml", "pyproject.toml"
 
@@ -45,6 +48,8 @@ class Configuration:
     assume: bool = True
     target: Precision | None = None
     baseline: Path | None = None
+    path: Path | None = None
+    """The settings file, if there is one."""
     origins: Mapping[str, str] = field(default_factory=dict)
     """Field → where its value comes from; a field that is not listed has its default."""
 
@@ -64,10 +69,10 @@ class Configuration:
 
     def as_toml(self) -> str:
         """The settings as a normdoctor.toml would hold them, each with its origin as a comment."""
-        lines, tables = [], []
+        lines, tables = [f"# {self.path}" if self.path else "# no settings file"], []
         for entry in fields(self):
             name, key = entry.name, entry.name.replace("_", "-")
-            if name == "origins":
+            if name in ("origins", "path"):
                 continue
             value, origin = getattr(self, name), self.origins.get(name, "default")
             if name == "per_layer_ignores" and value:
@@ -105,7 +110,7 @@ def find(start: Path) -> Path | None:
             return folder / OWN_FILE
         shared = folder / SHARED_FILE
         # Most projects have a pyproject.toml; one that never mentions normdoctor may be as broken as it likes.
-        if shared.is_file() and b"normdoctor" in _raw(shared) and _table(shared) is not None:
+        if shared.is_file() and b"normdoctor" in read_small(shared, MAX_SIZE) and _table(shared) is not None:
             return shared
     return None
 
@@ -127,19 +132,12 @@ def read(path: Path) -> Configuration:
             raise UsageError(f"{path}: {key}: {error.message}", error.hint) from None
     if "baseline" in values:
         values["baseline"] = path.parent / values["baseline"]
-    return Configuration(**values, origins=dict.fromkeys(values, path.name))
-
-
-def _raw(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error})", "Check the path.") from None
+    return Configuration(**values, path=path, origins=dict.fromkeys(values, path.name))
 
 
 def _table(path: Path) -> dict[str, Any] | None:
     try:
-        document = tomllib.loads(_raw(path).decode("utf-8"))
+        document = tomllib.loads(read_small(path, MAX_SIZE).decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: is not valid TOML ({error})", "Correct it, or add --no-settings.") from None
     tool = document.get("tool")

@@ -268,15 +268,15 @@ class Skip:
         return self.rule.code
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Report:
     """Everything said about one file: all that a renderer sees."""
 
     path: str
     format: str
-    layers: tuple[NormLayer, ...] = field(repr=False)
+    layers: tuple[NormLayer, ...]
     """Those that were wanted (--layer)."""
-    layer_names: tuple[str, ...] = field(repr=False)
+    layer_names: tuple[str, ...]
     """Those of all layers in the file, wanted or not."""
     findings: tuple[Finding, ...]
     """Worst first."""
@@ -287,6 +287,9 @@ class Report:
     near_misses: tuple[NearMiss, ...]
     bytes_read: int
     bytes_total: int | None
+
+    def __repr__(self) -> str:
+        return f"<Report {self.path}: {len(self.layers)} norm layers, {len(self.findings)} findings>"
 
     def __str__(self) -> str:
         """A line for the file and one for each finding."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,16 @@ from normdoctor.layers import NormLayer
 from normdoctor.readers import open_checkpoint
 from normdoctor.rules import RULES
 from normdoctor.rules.runner import Settings, examine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `inspect` was asked for, checked."""
+
+    rules: tuple[Rule, ...]
+    settings: Settings
+    globs: tuple[str, ...]
+    ignores: tuple[LayerIgnore, ...]
 
 
 def inspect(
@@ -31,31 +42,60 @@ def inspect(
     target: Precision | None = None,
     limits: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Report:
-    """Judge every norm layer of a checkpoint (str or Path) or of a live torch.nn.Module.
+    """Judge every norm layer of a checkpoint (str or Path), a live torch.nn.Module or its state_dict.
 
     Nothing in the file is executed or imported. A live module is looked at as it is and left so.
 
-    select, ignore: rule codes or their beginnings ("S", "A2", "S104"); everything is selected by default.
+    select, ignore: rule codes, their beginnings or names ("S", "A2", "S104"); all are selected by default.
     layer: globs on layer names; only findings about matching layers are kept.
     per_layer_ignores: rules that are not to be heard about some layers; the report notes what was left out.
     eps, momentum: stand in where the file does not say. assume=False: rather skip than assume torch's defaults.
     target: judge the numbers for fp16, bf16 or int8 as well.
     limits: thresholds by rule code and name, {"S104": {"error": 0.2}}.
 
-    Raises InputError where the file cannot be read, UsageError for an unknown rule code or threshold."""
-    rules = choose_rules(several(select), several(ignore))
-    settings = Settings(
-        eps=check_eps(eps),
-        momentum=check_momentum(momentum),
+    Raises InputError where the file cannot be read, UsageError for an unknown rule code or threshold and for a
+    layer glob that matches nothing."""
+    options = check_options(
+        select=select,
+        ignore=ignore,
+        layer=layer,
+        per_layer_ignores=per_layer_ignores,
+        eps=eps,
+        momentum=momentum,
         assume=assume,
-        precision=None if target is None else check_precision(target),
-        limits=checked_limits(limits or {}),
+        target=target,
+        limits=limits,
     )
-    ignores = [replace(one, codes=tuple(map(known_code, one.codes))) for one in per_layer_ignores]
-    globs = several(layer)
-    with open_checkpoint(model) as checkpoint:
-        report = examine(checkpoint, rules, settings, lambda found: not globs or matches(found, globs))
-    return _without_ignored(report, ignores) if ignores else report
+    report = _examine(model, options)
+    _check_globs(options.globs, [report])
+    return report
+
+
+def check_options(
+    *,
+    select: str | Iterable[str] = (),
+    ignore: str | Iterable[str] = (),
+    layer: str | Iterable[str] = (),
+    per_layer_ignores: Iterable[LayerIgnore] = (),
+    eps: float | None = None,
+    momentum: float | None = None,
+    assume: bool = True,
+    target: Precision | None = None,
+    limits: Mapping[str, Mapping[str, float]] | None = None,
+) -> Options:
+    """The options of `inspect`, ready for any number of files. Raises UsageError for one that makes no sense."""
+    return Options(
+        rules=tuple(choose_rules(several(select), several(ignore))),
+        settings=Settings(
+            eps=check_eps(eps),
+            momentum=check_momentum(momentum),
+            assume=assume,
+            precision=None if target is None else check_precision(target),
+            limits=checked_limits(limits or {}),
+        ),
+        globs=several(layer),
+        ignores=tuple(replace(one, codes=tuple(map(known_code, one.codes))) for one in per_layer_ignores),
+    )
 
 
 def survey(paths: str | Path | Iterable[str | Path], *, jobs: int = 1, **options: Any) -> Survey:
@@ -64,11 +104,13 @@ def survey(paths: str | Path | Iterable[str | Path], *, jobs: int = 1, **options
     jobs: how many processes share the work; 0 for one for each core. options: those of `inspect`.
 
     Raises UsageError for a wrong option, before any file is read, and for a layer glob that matches nothing."""
-    _check_options(options)
+    checked = check_options(**options)
     targets: list[Path] = []
     failures: list[Failure] = []
     passed_over = 0
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        if not str(path):
+            raise UsageError("an empty path", "A variable in the command was probably not set.")
         if os.path.isfile(path):  # noqa: PTH113  Path.is_file raises for names that are too long
             targets.append(Path(path))
             continue
@@ -81,63 +123,62 @@ def survey(paths: str | Path | Iterable[str | Path], *, jobs: int = 1, **options
         except NormDoctorError as error:
             failures.append(Failure(path=str(path), message=error.message, hint=error.hint))
     reports = []
-    for outcome in _outcomes(list(dict.fromkeys(targets)), options, jobs):
+    for outcome in _outcomes(list(dict.fromkeys(targets)), checked, jobs):
         if isinstance(outcome, Report):
             reports.append(outcome)
         else:
             failures.append(outcome)
-    result = Survey(reports=tuple(reports), failures=tuple(failures), passed_over=passed_over)
-    _check_globs(several(options.get("layer", ())), result)
-    return result
+    _check_globs(checked.globs, reports)
+    return Survey(reports=tuple(reports), failures=tuple(failures), passed_over=passed_over)
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
-    choose_rules(several(options.get("select", ())), several(options.get("ignore", ())))
-    checked_limits(options.get("limits") or {})
-    check_eps(options.get("eps"))
-    check_momentum(options.get("momentum"))
+def _examine(model: Any, options: Options) -> Report:
+    globs = options.globs
+    with open_checkpoint(model) as checkpoint:
+        report = examine(checkpoint, options.rules, options.settings, lambda found: not globs or matches(found, globs))
+    return _without_ignored(report, options.ignores) if options.ignores else report
 
 
-def _outcomes(targets: Sequence[Path], options: Mapping[str, Any], jobs: int) -> Iterator[Report | Failure]:
+def _outcomes(targets: Sequence[Path], options: Options, jobs: int) -> Iterator[Report | Failure]:
     if jobs < 0:
         raise UsageError(f"jobs must be at least 1, not {jobs}", "0 takes as many as there are cores.")
     jobs = min(jobs or os.cpu_count() or 1, len(targets))
     if jobs <= 1:
         for target in targets:
-            yield _inspect_one(target, options)
+            yield _outcome(target, options)
         return
+    import signal
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
     from itertools import repeat
 
-    with ProcessPoolExecutor(jobs) as pool:
+    # Ctrl-C reaches every process; the one that waits for the others says so.
+    with ProcessPoolExecutor(jobs, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         try:
-            yield from pool.map(_inspect_detached, targets, repeat(options))
+            yield from pool.map(_detached_outcome, targets, repeat(options))
         except BrokenProcessPool:
             raise NormDoctorError("a process of --jobs died, probably for want of memory", "Try --jobs 1.") from None
 
 
-def _inspect_one(target: Path, options: Mapping[str, Any]) -> Report | Failure:
+def _outcome(target: Path, options: Options) -> Report | Failure:
     try:
-        return inspect(target, **options)
-    except UsageError:
-        raise
+        return _examine(target, options)
     except NormDoctorError as error:
         return Failure(path=str(target), message=error.message, hint=error.hint)
 
 
-def _inspect_detached(target: Path, options: Mapping[str, Any]) -> Report | Failure:
-    outcome = _inspect_one(target, options)
+def _detached_outcome(target: Path, options: Options) -> Report | Failure:
+    outcome = _outcome(target, options)
     if isinstance(outcome, Report):
         return replace(outcome, layers=tuple(layer.detached() for layer in outcome.layers))
     return outcome
 
 
-def _check_globs(globs: Sequence[str], found: Survey) -> None:
+def _check_globs(globs: Sequence[str], reports: Sequence[Report]) -> None:
     """Raise UsageError for a glob that matches no layer of any file, since it is probably misspelt."""
-    every = {name for report in found.reports for name in report.layer_names}
+    every = {name for report in reports for name in report.layer_names}
     for glob in globs if every else ():
-        if not any(matches(layer, [glob]) for report in found.reports for layer in report.layers):
+        if not any(matches(layer, [glob]) for report in reports for layer in report.layers):
             raise UsageError(f"no layer matches {glob!r}", near_layers(glob, every))
 
 
@@ -198,11 +239,14 @@ def matches(layer: NormLayer, globs: Sequence[str]) -> bool:
 def choose_rules(select: Iterable[str], ignore: Iterable[str]) -> list[Rule]:
     """The rules whose code begins with one of `select` (all by default) and with none of `ignore`."""
     select, ignore = tuple(map(known_code, select)), tuple(map(known_code, ignore))
-    return [
+    chosen = [
         rule
         for rule in RULES
         if (not select or rule.code.startswith(select)) and not (ignore and rule.code.startswith(ignore))
     ]
+    if not chosen:
+        raise UsageError("no rule is left: all that are selected are ignored", "All rules: normdoctor rules")
+    return chosen
 
 
 def find_rule(code: str) -> Rule:
@@ -214,11 +258,14 @@ def find_rule(code: str) -> Rule:
 
 
 def known_code(code: str) -> str:
-    """The code, or beginning of codes, in capitals. Raises UsageError where no rule has it."""
-    code = code.strip().upper()
-    if not code or not any(rule.code.startswith(code) for rule in RULES):
-        raise _unknown(code)
-    return code
+    """The code, or beginning of codes, in capitals; a rule's name as its code. Raises UsageError for any other."""
+    given = code.strip()
+    for rule in RULES:
+        if given.lower() == rule.name:
+            return rule.code
+    if not given or not any(rule.code.startswith(given.upper()) for rule in RULES):
+        raise _unknown(given)
+    return given.upper()
 
 
 def _unknown(code: str) -> UsageError:
@@ -235,6 +282,8 @@ def checked_limits(limits: Mapping[str, Mapping[str, float]]) -> dict[str, dict[
             if name not in rule.limits:
                 hint = f"{did_you_mean(name, rule.limits)}Its thresholds: {', '.join(rule.limits) or 'none'}."
                 raise UsageError(f"rule {rule.code} has no threshold {name!r}", hint)
+            if not math.isfinite(values[name]):
+                raise UsageError(f"{rule.code}.{name} must be a number, not {values[name]}")
         checked[rule.code] = {name: float(value) for name, value in values.items()}
     return checked
 

@@ -40,6 +40,20 @@ def check_text_output(output: Path, sources: Iterable[Path]) -> None:
         raise UsageError(f"{output}: exists and is not a report", "Choose another -o.")
 
 
+def read_small(path: Path, most: int) -> bytes:
+    """The bytes of a settings file or baseline. Raises UsageError for what is no ordinary file of that size."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path}: is not an ordinary file", "Give the path of a text file.")
+        if path.stat().st_size > most:
+            raise UsageError(f"{path}: has more than {most:,} bytes", "This is not the file that was meant.")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file", "Check the path.") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})", "Check it.") from None
+
+
 def _unwritable(output: Path, error: OSError) -> InputError:
     return InputError(
         f"{output}: cannot be written ({error.strerror or error})",

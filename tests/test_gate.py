@@ -7,6 +7,8 @@ import io
 import json
 import shutil
 import subprocess
+import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,7 +155,7 @@ def test_per_layer_ignores(run: Run, models: Path) -> None:
     ("arguments", "hint"),
     [
         (["--select", "S99"], "normdoctor rules"),
-        (["--ignore", "warmup-residu"], "warmup-residue"),
+        (["--ignore", "warmup-rezidu"], "warmup-residue"),
         (["--format", "jsn"], "json"),
         (["--fail-on", "warn"], "warning"),
         (["--target", "fp-16"], "fp16"),
@@ -175,3 +177,70 @@ def test_did_you_mean_elsewhere(run: Run) -> None:
     assert "S104" in run("explain", "S14").stderr
     assert "markdown" in run("rules", "--format", "markdwn").stderr
     assert "debias" in run("recalibrate", "healthy.pt", "--method", "debais").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--select", "S", "--ignore", "S"], "no rule is left"),
+        (["--select", ""], "no rule ''"),
+        (["--select", "S999", "--select", "S"], "no rule 'S999'"),
+        (["--threshold", "S104.error=nan"], "must be a number, not nan"),
+        (["--baseline", "/dev/zero"], "is not an ordinary file"),
+        (["--settings", "/dev/zero"], "is not an ordinary file"),
+        (["--write-baseline", "/dev/full"], "is not an ordinary file"),
+    ],
+)
+def test_what_makes_no_sense(run: Run, arguments: list[str], said: str) -> None:
+    done = run("inspect", "healthy.pt", *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_empty_path_is_not_this_folder(run: Run) -> None:
+    done = run("inspect", "")
+    assert done.returncode == 2
+    assert "an empty path" in done.stderr
+
+
+def test_codes_add_up_and_names_are_codes(run: Run) -> None:
+    done = run("inspect", "nan_statistics.pt", "--ignore", "S101", "--ignore", "S102,S103", "--format", "json")
+    assert "S101" not in outcome(done)["summary"]["rules"]
+    done = run("inspect", "nan_statistics.pt", "--select", "nonfinite-stats", "--format", "json")
+    assert set(outcome(done)["summary"]["rules"]) == {"S101"}
+
+
+def test_a_baseline_of_one_call_does_not_accept_another(run: Run, tmp_path: Path) -> None:
+    for name, call in (("first", "posix\nsystem"), ("second", "posix\npopen")):
+        with zipfile.ZipFile(tmp_path / f"{name}.pt", "w") as archive:
+            archive.writestr("a/data.pkl", f"c{call}\n(S'true'\ntR.".encode())
+            archive.writestr("a/version", "3\n")
+    assert run("inspect", "first.pt", "--write-baseline", "known.json", cwd=tmp_path).returncode == 0
+    assert run("inspect", "first.pt", "--baseline", "known.json", cwd=tmp_path).returncode == 0
+    assert run("inspect", "second.pt", "--baseline", "known.json", cwd=tmp_path).returncode == 1
+
+
+def test_many_files_have_a_last_line(run: Run, models: Path) -> None:
+    done = run("inspect", "epochs", cwd=models)
+    assert done.stdout.splitlines()[-1].startswith("All 3 files, 27 layers: 1 error")
+
+
+def test_no_blanks_at_the_ends_of_lines(run: Run) -> None:
+    for arguments in (["inspect", "dead_channels.pt"], ["rules"], ["explain", "S104"]):
+        assert [line for line in run(*arguments).stdout.splitlines() if line != line.rstrip()] == []
+
+
+def test_nobody_reads_the_rules_to_the_end(run: Run) -> None:
+    for command in ("rules", "explain S104", "inspect dead_channels.pt --all"):
+        shell = f"set -o pipefail; {sys.executable} -m normdoctor {command} | head -1"
+        done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd=FIXTURES, timeout=60)
+        assert (done.returncode, done.stderr) == (0, ""), command
+
+
+def test_without_a_stdout(run: Run) -> None:
+    command = f"{sys.executable} -m normdoctor inspect healthy.pt >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=FIXTURES, timeout=60)
+    assert done.returncode == 2
+    assert "no stdout" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -56,3 +56,9 @@ def test_reports_and_findings_print_in_a_line_each() -> None:
 def test_not_a_model() -> None:
     with pytest.raises(nd.InputError, match="cannot inspect a dict"):
         nd.inspect({"weight": 1})
+
+
+def test_a_layer_glob_that_matches_nothing_is_an_error() -> None:
+    with pytest.raises(nd.UsageError, match="no layer matches 'layer9"):
+        nd.inspect(FIXTURES / "healthy.pt", layer="layer9.*")
+    assert len(nd.inspect(FIXTURES / "healthy.pt", layer="layer1.*").layers) == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from typing import TextIO
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from normdoctor.findings import Finding, Report, Severity, Survey
 from normdoctor.layers import NormLayer, Vector
+from normdoctor.reports.terminal import console_for, print_paragraph, print_table
 from normdoctor.reports.text import printable
 from normdoctor.reports.wording import (
     about,
@@ -48,6 +48,8 @@ def render(survey: Survey, stream: TextIO, *, every_layer: bool = False, verbose
         if place:
             console.print()
         _Page(console, report, every_layer, verbose).write()
+    if len(survey.reports) > 1:
+        console.print(f"\nAll {plural(len(survey.reports), 'file')}, {verdict(survey.reports)}")
     if survey.fixed:
         console.print(f"No longer found, though in the baseline: {', '.join(map(printable, survey.fixed))}")
 
@@ -68,21 +70,12 @@ def render_statistics(survey: Survey, stream: TextIO) -> None:
         levels = (str(counts[code][level] or "") for level in sorted(Severity, reverse=True))
         table.add_row(code, names[code], *levels, str(files))
     if counts:
-        console.print(table, soft_wrap=False)
+        print_table(console, table)
     layers = sum(len(report.layers) for report in survey.reports)
     known = sum(finding.known for finding in survey.findings)
-    line = f"{plural(len(survey.reports), 'file')}, {plural(layers, 'layer')}"
+    line = f"{plural(len(survey.reports), 'file')}, {plural(layers, 'layer')}; findings are counted by layer"
     line += "" if counts else ": nothing found"
     console.print(line + (f"; {plural(known, 'known finding')} not counted" if known else ""))
-
-
-def console_for(stream: TextIO) -> Console:
-    return _Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # rich would exit with 1, which here means findings
 
 
 class _Page:
@@ -115,16 +108,7 @@ class _Page:
         self.console.print(text)
 
     def _paragraph(self, words: str, indent: int) -> None:
-        pad = " " * indent
-        for line in textwrap.wrap(
-            printable(words),
-            max(40, self.console.width),
-            initial_indent=pad,
-            subsequent_indent=pad,
-            break_long_words=False,
-            break_on_hyphens=False,
-        ):
-            self._line(line)
+        print_paragraph(self.console, words, indent)
 
     def _header(self) -> None:
         report = self.report
@@ -187,7 +171,7 @@ class _Page:
             table.add_column(title, justify="right" if side == "right" else "left", no_wrap=title != "findings")
         for row in zip(*(cells for _, _, cells in columns), strict=True):
             table.add_row(Text(self._shortened(row[0], room)), *(Text(cell) for cell in row[1:]))
-        self.console.print(table, soft_wrap=False)
+        print_table(self.console, table)
         hidden = len(report.layers) - len(layers)
         if hidden:
             self._line(f"{self.ellipsis} {plural(hidden, 'more layer')} (--all)")

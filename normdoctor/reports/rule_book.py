@@ -5,24 +5,24 @@ from __future__ import annotations
 import json
 from typing import TextIO
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from normdoctor.findings import Rule
+from normdoctor.reports.terminal import console_for, print_paragraph, print_table
 from normdoctor.reports.wording import example_fix
 from normdoctor.rules import RULES
 
 
 def write_table(stream: TextIO) -> None:
-    console = Console(file=stream, highlight=False)
+    console = console_for(stream)
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
     for title in ("code", "name", "severity", "what it says"):
         table.add_column(title, no_wrap=title != "what it says")
     for rule in RULES:
         table.add_row(rule.code, rule.name, str(rule.severity), Text(rule.title))
-    console.print(table)
-    console.print("\nnormdoctor explain CODE says more about each.", markup=False)
+    print_table(console, table)
+    console.print("\nnormdoctor explain CODE says more about each.")
 
 
 def as_markdown() -> str:
@@ -54,19 +54,17 @@ def as_json() -> str:
 
 
 def write_explanation(rule: Rule, stream: TextIO) -> None:
-    console = Console(file=stream, highlight=False, markup=False)
+    console = console_for(stream)
     console.print(Text(f"{rule.code} {rule.name}", style="bold"))
-    console.print(
-        f"{rule.severity}, confidence {rule.confidence}, needs {rule.evidence_level.value}"
-        + (f" ({', '.join(rule.needs)})" if rule.needs else "")
-    )
+    needs = f" ({', '.join(rule.needs)})" if rule.needs else ""
+    print_paragraph(console, f"{rule.severity}, confidence {rule.confidence}, needs {rule.evidence_level.value}{needs}")
     console.print()
     for paragraph in rule.documentation.split("\n\n"):
-        console.print(" ".join(paragraph.split()))
+        print_paragraph(console, " ".join(paragraph.split()))
         console.print()
-    console.print(f"Why: {rule.why}")
-    console.print(f"Fix: {example_fix(rule)}")
+    print_paragraph(console, f"Why: {rule.why}")
+    print_paragraph(console, f"Fix: {example_fix(rule)}")
     if rule.limits:
         shown = ", ".join(f"{name} {value:g}" for name, value in rule.limits.items())
-        console.print(f"Thresholds: {shown}  (--threshold {rule.code}.NAME=VALUE)")
-    console.print(f"Source: {rule.reference}", soft_wrap=True)
+        print_paragraph(console, f"Thresholds: {shown}  (--threshold {rule.code}.NAME=VALUE)")
+    console.print(f"Source: {rule.reference}")
