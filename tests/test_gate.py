@@ -223,7 +223,8 @@ def test_a_baseline_of_one_call_does_not_accept_another(run: Run, tmp_path: Path
 
 def test_many_files_have_a_last_line(run: Run, models: Path) -> None:
     done = run("inspect", "epochs", cwd=models)
-    assert done.stdout.splitlines()[-1].startswith("All 3 files, 27 layers: 1 error")
+    assert "\n\nAll 3 files, 27 layers: 1 error" in done.stdout
+    assert max(map(len, done.stdout.partition("All 3 files")[2].splitlines())) <= 80
 
 
 def test_no_blanks_at_the_ends_of_lines(run: Run) -> None:

@@ -7,7 +7,7 @@ loading would evaluate is collected on the way.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -65,14 +65,20 @@ class JsonReader:
                 f"{what} is larger than that of any model",
                 "The file was made to exhaust memory; do not load it.",
             )
-        collected = evaluated or Evaluated()
+        found = evaluated or Evaluated()
+        tables = {
+            "expr_str": found.expressions,
+            "target": found.operators,
+            "as_operator": found.operators,
+            "name": found.names,
+            "as_name": found.names,
+        }
 
         def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             result = unique_names(pairs)
-            for key, table in _TABLES:
-                text = result.get(key)
-                if isinstance(text, str):
-                    table(collected)[text] = None
+            for key in result.keys() & tables.keys():  # tens of thousands of objects, most of them without
+                if isinstance(result[key], str):
+                    tables[key][result[key]] = None
             return result
 
         try:
@@ -82,15 +88,6 @@ class JsonReader:
         if not isinstance(value, dict):
             raise InputError(f"{what} is not a JSON object", DAMAGED)
         return value
-
-
-_TABLES: tuple[tuple[str, Callable[[Evaluated], dict[str, None]]], ...] = (
-    ("expr_str", lambda found: found.expressions),
-    ("target", lambda found: found.operators),
-    ("as_operator", lambda found: found.operators),
-    ("name", lambda found: found.names),
-    ("as_name", lambda found: found.names),
-)
 
 
 def as_dict(value: object) -> Mapping[str, Any]:

@@ -49,9 +49,10 @@ def render(survey: Survey, stream: TextIO, *, every_layer: bool = False, verbose
             console.print()
         _Page(console, report, every_layer, verbose).write()
     if len(survey.reports) > 1:
-        console.print(f"\nAll {plural(len(survey.reports), 'file')}, {verdict(survey.reports)}")
+        console.print()
+        print_paragraph(console, f"All {plural(len(survey.reports), 'file')}, {verdict(survey.reports)}")
     if survey.fixed:
-        console.print(f"No longer found, though in the baseline: {', '.join(map(printable, survey.fixed))}")
+        print_paragraph(console, f"No longer found, though in the baseline: {', '.join(survey.fixed)}")
 
 
 def render_statistics(survey: Survey, stream: TextIO) -> None:
