@@ -1,8 +1,8 @@
 """SARIF, against the official schema.
 
 sarif-schema-2.1.0.json is the schema that OASIS publishes for SARIF 2.1.0 (oasis-tcs/sarif-spec,
-Schemata/sarif-schema-2.1.0.json; copyright OASIS Open, which permits copying and distribution under its IPR
-policy), as the npm package @datadog/datadog-ci-plugin-sarif 5.25.0 carries it, in the layout of json.dumps."""
+Schemata/sarif-schema-2.1.0.json; copyright OASIS Open, under its IPR policy), as the npm package
+@datadog/datadog-ci-plugin-sarif 5.25.0 carries it, in the layout of json.dumps."""
 
 from __future__ import annotations
 
