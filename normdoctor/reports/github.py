@@ -31,7 +31,8 @@ def _annotation(report: Report, group: Sequence[Finding]) -> str:
     subject = about(group)
     message = f"{subject}: {worst.message}" if subject else worst.message
     fix = f"fix: {worst.fix}" if worst.severity > Severity.INFO else ""
-    return _command(COMMANDS[worst.severity], report.path, f"{worst.code} {worst.name}", [message, fix])
+    lines = [message, fix, f"source: {worst.rule.reference}"]
+    return _command(COMMANDS[worst.severity], report.path, f"{worst.code} {worst.name}", lines)
 
 
 def _command(command: str, path: str, title: str, lines: Sequence[str]) -> str:

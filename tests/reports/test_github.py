@@ -74,7 +74,7 @@ def test_hostile_names(hostile: Survey) -> None:
     for (level, properties, message), layer in zip(found[len(layers) :], layers, strict=True):
         assert (level, set(properties)) == ("error", {"file", "title"})
         assert message.startswith(f"{layer}: running_var is negative")
-        assert message.count("\n") == 1 and message.endswith(f"\nfix: see {layer}")
+        assert message.count("\n") == 2 and f"\nfix: see {layer}\nsource: https://" in message
 
 
 @pytest.mark.parametrize("evil", ["\n::error::x", "\r\n::stop-commands::x", "%0A::error::x", ",line=3", "::x::"])
