@@ -63,9 +63,6 @@ FALSE_FRIENDS = re.compile(
 AVERAGE_COUNTER = "n_averaged"
 """Where torch.optim.swa_utils.AveragedModel counts."""
 
-FUSED = re.compile(r"((?:\w+_)?(?:norm|layernorm|rmsnorm))_(weight|bias)")
-"""A norm inside a layer that computes more: linear_qkv.layer_norm_weight (Transformer Engine, Megatron)."""
-
 EVO_OR_FRN_MEMBERS = {"v": NormKind.EVO, "tau": NormKind.FILTER_RESPONSE}
 INNER_SHIFT_NAMES = ("shift", "s")
 DYNAMIC_TANH_EXTRAS = frozenset(INNER_SHIFT_NAMES)
@@ -309,9 +306,6 @@ def by_parent(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
     parents: dict[str, dict[str, T]] = defaultdict(dict)
     for name, tensor in tensors.items():
         parent, _, leaf = name.rpartition(".")
-        fused = FUSED.fullmatch(leaf)
-        if fused:
-            parent, leaf = f"{parent}.{fused[1]}".lstrip("."), fused[2]
         parents[parent][leaf] = tensor
     return parents
 

@@ -102,14 +102,6 @@ def test_norms(shapes: dict[str, Any], kind: NormKind) -> None:
     assert layer.channels == max(int(np.prod(shape)) for shape in shapes.values())
 
 
-def test_norms_inside_fused_layers() -> None:
-    """linear_qkv.layer_norm_weight: a norm and a linear layer in one module, as Transformer Engine has them."""
-    shapes = {"qkv.weight": (64, C), "qkv.layer_norm_weight": C, "fc1.layer_norm_weight": C, "fc1.layer_norm_bias": C}
-    found = {layer.name: (layer.kind, layer.bias is not None) for layer in read_names(tensors(shapes)).layers}
-    assert found == {"qkv.layer_norm": (GAIN, False), "fc1.layer_norm": (LAYER, True)}
-    assert possible_norms(shapes) == shapes.keys() - {"qkv.weight"}
-
-
 @pytest.mark.parametrize("shapes", [shapes for shapes, _ in NORMS.values()], ids=NORMS)
 def test_names_alone_leave_no_norm_out(shapes: dict[str, Any]) -> None:
     assert possible_norms(shapes) == shapes.keys()

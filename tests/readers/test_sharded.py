@@ -301,12 +301,6 @@ class TestRecalibrateShards:
             assert caught.value.hint.endswith(words)
 
 
-def test_the_shard_of_a_fused_norm(tmp_path: Path, read: Read) -> None:
-    parts = [{"a.linear.layer_norm_weight": torch.rand(8), "a.linear.layer_norm_bias": torch.rand(8)}, llama(1)]
-    write_shards(tmp_path, parts)
-    assert read(tmp_path).files["a.linear.layer_norm"].endswith("model-00001-of-00002.safetensors")
-
-
 def test_the_cache_of_huggingface_hub(tmp_path: Path, read: Read) -> None:
     """Every file of a snapshot is a link to a blob; the names are those of the snapshot."""
     write_shards(tmp_path / "plain", by_shard(llama()))
