@@ -58,6 +58,19 @@ class ArrayRef(Protocol):
         Raises InputError where the bytes cannot be read (truncated file, checksum)."""
 
 
+@runtime_checkable
+class Loadable(Protocol):
+    """An array reference that also reads what is larger than any norm's."""
+
+    def load(self) -> NDArray[Any]:
+        """The values, read anew each time and not kept; otherwise as `ArrayRef.numpy`."""
+
+
+def load(ref: ArrayRef) -> NDArray[Any]:
+    """The values of a weight of any size, read anew where the reference can."""
+    return ref.load() if isinstance(ref, Loadable) else ref.numpy()
+
+
 @dataclass(frozen=True)
 class DetachedArray:
     """What is left of an ArrayRef without its file: everything but the values."""

@@ -17,12 +17,15 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"errors"},
     {"layers"},
-    {"findings"},
+    {"findings", "flow"},
     {"readers", "rules", "writing"},
     {"inspection"},
     {"baseline", "configuration"},
-    {"recalibration"},
+    {"models"},
+    {"tracing"},
+    {"recalibration", "folding"},
     {"reports"},
+    {"commands"},
     {"cli"},
     {"__init__", "__main__"},
 ]

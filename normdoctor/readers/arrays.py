@@ -319,6 +319,10 @@ class StoredArray:
                 f"a tensor in {self.storage.name} has {self.size:,} elements: not a norm's",
                 "The file is damaged or was made to mislead; do not load it.",
             )
+        return self.load()
+
+    def load(self) -> NDArray[Any]:
+        """The values of a tensor of any size, not kept. Repeated elements are bounded: no file holds those."""
         if not self.size:
             return np.zeros(self.shape, dtype=np.float32)
         if self.is_contiguous:

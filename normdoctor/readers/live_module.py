@@ -102,6 +102,10 @@ class LiveArray:
 
     @cached_property
     def _values(self) -> NDArray[Any]:
+        return self.load()
+
+    def load(self) -> NDArray[Any]:
+        """The values, copied anew."""
         tensor = self.tensor.detach()
         if tensor.is_meta:
             raise InputError("a norm parameter is on the meta device and has no values", "Load the weights first.")
