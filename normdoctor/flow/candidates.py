@@ -35,7 +35,7 @@ class Candidate:
     @property
     def is_run(self) -> bool:
         """Whether it is written out, so that it can go without a trace."""
-        return self.node.op in ELEMENTWISE
+        return self.nodes[0].op in ELEMENTWISE
 
     def left(self, state: State) -> list[Node]:
         """Its nodes without those that the fold of another norm took out."""
@@ -101,8 +101,10 @@ def _judge_run(run: list[Node], state: State) -> Candidate | None:
     first = state.operand(run[0])
     assert first is not None
     before = run[0].inputs[first[0]]
-    if before is not None and _is_normalised(state.source(before), state):
-        return Candidate(node, tuple(run), is_gain=True)
+    assert before is not None
+    core = _core(state.source(before), state)
+    if core is not None:
+        return Candidate(node if core.layer is None else core, tuple(run), is_gain=True)
     return Candidate(node, tuple(run)) if shifting else None
 
 
@@ -116,14 +118,14 @@ def _is_vector(node: Node, state: State) -> bool:
     return operand is not None and operand[1].size > 1
 
 
-def _is_normalised(value: Value, state: State) -> bool:
-    """Whether a value is a quotient or a product of two computed values, as what comes out of a norm's core is."""
+def _core(value: Value, state: State) -> Node | None:
+    """The quotient or product of two computed values behind a value, as what comes out of a norm's core is."""
     node = value.producer
     for _ in range(MAX_DEPTH):
         if node is None or node.op not in (Op.CAST, Op.IDENTITY, Op.RESHAPE, Op.TRANSPOSE):
             break
         node = state.source(node.x).producer
-    return node is not None and node.op in SCALING and state.operand(node) is None
+    return node if node is not None and node.op in SCALING and state.operand(node) is None else None
 
 
 def affine_of(candidate: Candidate, state: State) -> Affine:

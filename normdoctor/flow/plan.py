@@ -197,8 +197,20 @@ def plan_folds(
             outcome = planner.left(candidate)
         if outcome.verdict is not Verdict.LEFT or not candidate.is_run or candidate.node.layer is not None:
             plan.outcomes.append(outcome)
+    _list_the_rest(plan, candidates)
     _finish(plan)
     return plan
+
+
+def _list_the_rest(plan: FoldPlan, candidates: list[Candidate]) -> None:
+    """Norms that are written out without a gain of their own: nothing in them could fold. All in order."""
+    places = {node: place for place, node in enumerate(plan.graph.nodes)}
+    listed = {node for candidate in candidates for node in (candidate.node, *candidate.nodes)}
+    for node in plan.graph.nodes:
+        if node.layer is not None and node not in listed:
+            code, reason = OWN_STATISTICS.code, OWN_STATISTICS.sentence
+            plan.outcomes.append(Outcome(node, (node,), Verdict.LEFT, code=code, reason=reason))
+    plan.outcomes.sort(key=lambda outcome: places[outcome.norm])
 
 
 def _finish(plan: FoldPlan) -> None:
@@ -206,12 +218,15 @@ def _finish(plan: FoldPlan) -> None:
     for node in plan.state.absorbed:
         if node.op is not Op.MATMUL or node in plan.bypassed:
             continue
-        if not node.attributes.get("takes_bias"):
-            bias = weights_of(node, plan.state).bias
-            if bias is not None:
-                plan.appended[node] = bias
-        elif node.given(2) is not None and node.attributes.get("beta", 1.0) != 1.0:
-            plan.attributes[node] = {"beta": 1.0}
+        if node.attributes.get("takes_bias") and node.attributes.get("beta", 1.0) == 1.0:
+            continue
+        bias = weights_of(node, plan.state).bias
+        if bias is None:
+            continue
+        if node.attributes.get("takes_bias"):
+            plan.attributes[node] = {"beta": 1.0}  # what `new_inputs` gives holds beta already
+        else:
+            plan.appended[node] = bias
     if plan.state.evaluation:
         for node in plan.graph.of(Op.BATCH_NORM):
             if node.attributes.get("training") and node not in plan.bypassed and node not in plan.decomposed:
