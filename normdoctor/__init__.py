@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normdoctor.errors import (
+        CannotRunError,
         InputError,
         MissingDependencyError,
         NormDoctorError,
         RefusedError,
         UsageError,
+        VerificationError,
     )
     from normdoctor.findings import Failure, Finding, LayerIgnore, Report, Rule, Severity, Skip, Survey
+    from normdoctor.folding import fold
+    from normdoctor.folding.records import Folding, FoldReport
     from normdoctor.inspection import inspect, survey
     from normdoctor.layers import ArrayRef, Checkpoint, Model, NormKind, NormLayer
     from normdoctor.readers import open_checkpoint
@@ -31,11 +35,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CannotRunError": "errors",
     "InputError": "errors",
     "MissingDependencyError": "errors",
     "NormDoctorError": "errors",
     "RefusedError": "errors",
     "UsageError": "errors",
+    "VerificationError": "errors",
     "Failure": "findings",
     "Finding": "findings",
     "LayerIgnore": "findings",
@@ -44,6 +50,9 @@ _HOMES = {
     "Severity": "findings",
     "Skip": "findings",
     "Survey": "findings",
+    "fold": "folding",
+    "FoldReport": "folding.records",
+    "Folding": "folding.records",
     "inspect": "inspection",
     "survey": "inspection",
     "ArrayRef": "layers",
@@ -62,10 +71,13 @@ _HOMES = {
 __all__ = [
     "RULES",
     "ArrayRef",
+    "CannotRunError",
     "Checkpoint",
     "Discovery",
     "Failure",
     "Finding",
+    "FoldReport",
+    "Folding",
     "InputError",
     "LayerIgnore",
     "MissingDependencyError",
@@ -81,8 +93,10 @@ __all__ = [
     "Skip",
     "Survey",
     "UsageError",
+    "VerificationError",
     "__version__",
     "find_checkpoints",
+    "fold",
     "inspect",
     "open_checkpoint",
     "recalibrate",

@@ -5,23 +5,22 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from normdoctor import __version__
-from normdoctor.errors import NormDoctorError, UsageError, did_you_mean
+from normdoctor.commands.common import choice, complain, note, stdout, written
+from normdoctor.commands.fold import fold
+from normdoctor.errors import NormDoctorError, UsageError
 
 if TYPE_CHECKING:
     from normdoctor.configuration import Configuration
-    from normdoctor.findings import Failure, Survey
+    from normdoctor.findings import Survey
 
 # What each command needs is imported inside it: --help and errors must not pay for numpy or rich tables.
 
@@ -34,9 +33,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-
-WIDEST_METAVAR = 24
-"""Where the help would break words at 80 columns."""
 
 JUDGED, OUTPUT, GATE = "What is judged", "The report", "In CI"
 """The parts of the help of `inspect`."""
@@ -74,23 +70,6 @@ class Method(StrEnum):
     DEBIAS = "debias"
 
 
-def choice(name: str, words: type[StrEnum], help: str, panel: str | None = None) -> Any:
-    """The option `name`, which takes one of `words` and guesses what was meant by any other."""
-
-    def parse(given: str) -> StrEnum:
-        try:
-            return words(given)
-        except ValueError:
-            known = ", ".join(words)
-            hint = did_you_mean(given, words).strip()
-            raise UsageError(f"{name}: {given!r} is not one of {known}", hint) from None
-
-    metavar = "|".join(words)
-    if len(metavar) > WIDEST_METAVAR:
-        metavar, help = "NAME", f"{help} One of: {', '.join(words)}."
-    return typer.Option(name, parser=parse, metavar=metavar, help=help, rich_help_panel=panel)
-
-
 def main() -> None:
     """The console script."""
     try:
@@ -98,35 +77,6 @@ def main() -> None:
     except NormDoctorError as error:
         complain(error)
         sys.exit(2)
-
-
-def complain(error: NormDoctorError | Failure) -> None:
-    """The error and its hint, on stderr."""
-    note(error.message, error.hint)
-
-
-def note(message: str, hint: str = "") -> None:
-    """A line on stderr, and what to do about it."""
-    from normdoctor.reports.text import printable
-
-    line = f"normdoctor: {printable(message)}"
-    with suppress(OSError):  # nobody reads stderr; the exit code still tells
-        print(line + (f"\n  hint: {printable(hint)}" if hint else ""), file=sys.stderr, flush=True)
-
-
-@contextmanager
-def stdout() -> Iterator[TextIO]:
-    """sys.stdout to write to. A reader that stops early (| head) is no failure; a full disk is."""
-    if sys.stdout is None:
-        raise NormDoctorError("there is no stdout to write to", "Add -o FILE.")
-    try:
-        yield sys.stdout
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise NormDoctorError(f"the output cannot be written ({error.strerror or error})", "") from None
 
 
 def _show_version(wanted: bool) -> None:
@@ -352,23 +302,6 @@ def accept(survey: Survey, path: Path) -> None:
         stream.write(f"wrote {path}: {plural(count, 'finding')}\nnext: normdoctor inspect ... --baseline {path}\n")
 
 
-@contextmanager
-def written(output: Path | None) -> Iterator[TextIO]:
-    """A stream whose content becomes the file `output` when it is whole; stdout where there is none."""
-    if output is None:
-        with stdout() as stream:
-            yield stream
-        return
-    import io
-
-    from normdoctor.writing import replacing
-
-    buffer = io.StringIO()
-    yield buffer
-    with replacing(output) as temporary:
-        temporary.write_text(buffer.getvalue(), encoding="utf-8", newline="")  # CSV has line ends of its own
-
-
 def exit_code(survey: Survey, fail_on: str) -> int:
     from normdoctor.findings import Severity
 
@@ -441,3 +374,6 @@ def recalibrate(
     )
     with stdout() as stream:
         repair_text.write(result, stream)
+
+
+app.command()(fold)

@@ -6,6 +6,7 @@ Anything that is raised and is not a `NormDoctorError` is a defect of normdoctor
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 
 class NormDoctorError(Exception):
@@ -27,6 +28,22 @@ class RefusedError(NormDoctorError):
 
 class UsageError(NormDoctorError):
     """An option or an argument makes no sense: an unknown rule code, a bad threshold."""
+
+
+class CannotRunError(NormDoctorError):
+    """A model cannot be run here: an operator without a kernel, a runtime that is not there."""
+
+
+class MisfitError(CannotRunError):
+    """A model runs here, but not on these inputs."""
+
+
+class VerificationError(RefusedError):
+    """A folded model does not compute what the original does; nothing was written. `report` has the proof."""
+
+    def __init__(self, message: str, hint: str = "", report: Any = None) -> None:
+        super().__init__(message, hint)
+        self.report = report
 
 
 class MissingDependencyError(NormDoctorError):

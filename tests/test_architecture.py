@@ -22,7 +22,7 @@ FLOORS = [
     {"inspection"},
     {"baseline", "configuration"},
     {"models"},
-    {"tracing"},
+    {"exporting", "tracing"},
     {"recalibration", "folding"},
     {"reports"},
     {"commands"},

@@ -42,6 +42,13 @@ def rules_table() -> str:
     return rule_book.as_markdown()
 
 
+def fold_reasons_table() -> str:
+    from normdoctor.flow.reasons import REASONS
+
+    rows = [f"| `{code}` | {meaning} |" for code, meaning in REASONS.items()]
+    return "\n".join(["| reason | meaning |", "| --- | --- |", *rows]) + "\n"
+
+
 def session(folder: Path) -> str:
     """The commands of the README's session and what they print."""
     shutil.copy(ROOT / "fixtures" / "slow_momentum_module.pt", folder)
@@ -60,7 +67,7 @@ def session(folder: Path) -> str:
     return "```console\n" + "\n".join(parts) + "```\n"
 
 
-GENERATED = {"formats": formats_table, "rules": rules_table}
+GENERATED = {"formats": formats_table, "rules": rules_table, "fold-reasons": fold_reasons_table}
 
 
 @pytest.mark.parametrize("name", GENERATED)

@@ -42,7 +42,13 @@ UNARY: dict[Op, Callable[..., NDArray[Any]]] = {
 
 MOVING = {Op.RESHAPE, Op.EXPAND, Op.TRANSPOSE, Op.IDENTITY, Op.CAST, Op.CONCAT, Op.SLICE, Op.GATHER, Op.SPLIT}
 
-EVALUATED = {*BINARY, *UNARY, *MOVING, Op.DIVIDE, Op.CONSTANT, Op.FILL}
+REDUCING: dict[Op, Callable[..., NDArray[Any]]] = {
+    Op.REDUCE_MEAN: np.mean,
+    Op.REDUCE_SUM: np.sum,
+    Op.REDUCE_MAX: np.max,
+}
+
+EVALUATED = {*BINARY, *UNARY, *MOVING, *REDUCING, Op.DIVIDE, Op.CONSTANT, Op.FILL}
 
 
 class Constants:
@@ -111,6 +117,9 @@ class Constants:
             return np.asarray(BINARY[node.op](x, self._second(node)))
         if node.op is Op.DIVIDE:
             return _divided(x, self._second(node))
+        if node.op in REDUCING:
+            axes, keep = tuple(node.attributes["axes"]), bool(node.attributes["keepdims"])
+            return np.asarray(REDUCING[node.op](x, axis=axes, keepdims=keep))
         return self._moved(node, x, value)
 
     def _second(self, node: Node) -> NDArray[Any]:

@@ -215,6 +215,21 @@ class Program:
         found = self.attribute(step, name)
         return default if found is None or found.integer is None else found.integer
 
+    def text(self, step: Step, name: str, default: str) -> str:
+        """A short text: a mode."""
+        found = self.attribute(step, name)
+        if found is None or found.string is None or found.string.end - found.string.start > SMALL:
+            return default
+        return self.document.wire.text(found.string.start, found.string.end)
+
+    def floats(self, step: Step, name: str) -> list[float] | None:
+        """A short list of numbers given as an attribute."""
+        found = self.attribute(step, name)
+        if found is None or not found.floats:
+            return None
+        given = self._floats(found, ())
+        return None if given.shape[0] > SMALL else [float(value) for value in given.numpy()]
+
     def integers(self, step: Step, name: str | None, index: int | None) -> list[int] | None:
         """Axes or a shape, given as an attribute (old opsets) or as the input at `index`."""
         found = None if name is None else self.attribute(step, name)
@@ -368,7 +383,7 @@ class Program:
                 return None
         given = self.integers(step, "shape" if op == "Reshape" else "axes", 1)
         if op == "Reshape":
-            return None if given is None else _resolve(given, old)
+            return None if given is None else resolved(given, old)
         if given is None:
             return tuple(length for length in old if length != 1) if op == "Squeeze" else None
         rank = len(old) + (len(given) if op == "Unsqueeze" else 0)
@@ -409,7 +424,7 @@ def _known(values: NDArray[Any], identity: tuple[Any, ...]) -> Made:
     return Made(values.shape, str(values.dtype), identity, lambda: values)
 
 
-def _resolve(wanted: list[int], old: tuple[int, ...]) -> tuple[int, ...] | None:
+def resolved(wanted: list[int], old: tuple[int, ...]) -> tuple[int, ...] | None:
     """Reshape's target with its 0 (keep) and -1 (the rest) filled in."""
     shape = [old[axis] if length == 0 and axis < len(old) else length for axis, length in enumerate(wanted)]
     if shape.count(-1) == 1:

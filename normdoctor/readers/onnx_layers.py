@@ -107,7 +107,7 @@ def names_behind(program: Program, place: Place) -> Iterator[str]:
     yield from last
 
 
-def _own_name(program: Program, place: Place) -> str | None:
+def own_name(program: Program, place: Place) -> str | None:
     return next(filter(is_helpful, names_behind(program, place)), None)
 
 
@@ -124,7 +124,7 @@ def join_twins(program: Program, norms: list[Found]) -> list[Found]:
     result = []
     for found in norms:
         parameters = tuple(sorted((role, _origin_key(place)) for role, place in found.parameters.items()))
-        named = all(_own_name(program, place) is not None for place in found.parameters.values())
+        named = all(own_name(program, place) is not None for place in found.parameters.values())
         others = tuple(map(_origin_key, found.named_after))
         key = (found.kind, found.eps, parameters, others, _module(program, found.step))
         if not parameters or not named:
@@ -150,7 +150,7 @@ def name_norms(program: Program, norms: list[Found]) -> list[str]:
         # Statistics first: the gain and shift may come from a layer behind, with a name of its own (Caffe).
         roles = sorted(found.parameters, key=lambda role: not role.startswith("running"))
         places = [*(found.parameters[role] for role in roles), *found.named_after]
-        names = [_own_name(program, place) for place in places]
+        names = [own_name(program, place) for place in places]
         evidence.append(
             Evidence(
                 parameters=tuple(dict.fromkeys(name for name in names if name is not None)),
@@ -222,7 +222,7 @@ def _fillers(program: Program, found: Found, tensors: dict[str, ArrayRef]) -> se
     """weight or bias that an exporter put in because the operator demands one: a nameless constant 1 or 0.
 
     The layer has no such parameter; its module was built with affine=False or bias=False."""
-    named = {role for role, place in found.parameters.items() if _own_name(program, place) is not None}
+    named = {role for role, place in found.parameters.items() if own_name(program, place) is not None}
     fillers = set()
     for role, value in (("weight", 1.0), ("bias", 0.0)):
         ref, place = tensors.get(role), found.parameters.get(role)

@@ -103,11 +103,11 @@ def read_operator(program: Program, step: Step, operator: Operator) -> Found:
     if step.node.op == "BatchNormalization":
         # ONNX weighs the old value where torch weighs the new one. Rounded, for 1 - 0.9 is not 0.1 in binary.
         found.momentum = round(1.0 - program.number(step, "momentum", 0.9), 9)
-        found.training = _trains(program, step)
+        found.training = trains(program, step)
     return found
 
 
-def _trains(program: Program, step: Step) -> bool:
+def trains(program: Program, step: Step) -> bool:
     """Whether the node normalises with the statistics of the batch."""
     if step.scope.opset >= 14:
         return program.integer(step, "training_mode", 0) != 0

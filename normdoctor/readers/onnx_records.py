@@ -69,6 +69,8 @@ class Attribute:
     integer: int | None = None
     ints: list[Run] = field(default_factory=list)
     floats: list[Run] = field(default_factory=list)
+    string: Span | None = None
+    """Where a text lies; it may be long."""
     tensor: Tensor | None = None
     graphs: list[Graph] = field(default_factory=list)
 
@@ -182,7 +184,7 @@ class Document:
                     graph.tensors[tensor.name] = tensor
                 elif number in (11, 12):
                     value = self.wire.inside(item, span)
-                    (graph.inputs if number == 11 else graph.outputs).append(self._first_text(value))
+                    (graph.inputs if number == 11 else graph.outputs).append(self.value_name(value))
                     graph.values.append(value)
                 elif number == 13:
                     graph.values.append(self.wire.inside(item, span))
@@ -260,6 +262,8 @@ class Document:
             if wire == BYTES:
                 if number == 1:
                     attribute.name = self.wire.text(start, end)
+                elif number == 4:
+                    attribute.string = self.wire.inside(item, span)
                 elif number == 5:
                     attribute.tensor = self.read_tensor(self.wire.inside(item, span), attribute.tensor)
                 elif number == 6:
@@ -318,8 +322,8 @@ class Document:
                 found = "" if value is None else self.wire.text(value.start, value.end)
         return found
 
-    def _first_text(self, span: Span) -> str:
-        """The name of a ValueInfoProto."""
+    def value_name(self, span: Span) -> str:
+        """The name of a ValueInfoProto or a TensorAnnotation."""
         name = ""
         for number, wire, _, start, end in self.wire.fields(span):
             if number == 1 and wire == BYTES:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from normdoctor.errors import InputError
+from normdoctor.errors import InputError, UsageError
 from normdoctor.layers import ArrayRef, Checkpoint, Container, Danger, LoadCall, Model, Reference
 from normdoctor.readers import load_calls
 from normdoctor.readers.arrays import FileStorage, Source, Storage, StoredArray
@@ -20,6 +20,7 @@ from normdoctor.readers.export_graph import (
     DAMAGED,
     Evaluated,
     JsonReader,
+    Program,
     as_dict,
     as_list,
     as_text,
@@ -117,31 +118,25 @@ def _root(records: ZipRecords) -> str:
     return first[: first.find("/") + 1]
 
 
+@dataclass(frozen=True)
+class Opened:
+    """One program of a package, with all that is known of it."""
+
+    record: dict[str, Any]
+    """The JSON as it lies in the file."""
+    name: str
+    """The record that holds the JSON, with the root."""
+    program: Program
+    tensors: Tensors
+    model: Model
+
+
 def read(source: Source, records: ZipRecords) -> Checkpoint:
     """The exported programs of a package. Raises InputError for a damaged one and for compiled code alone."""
-    if records.root is not None:
-        raise InputError(
-            f"{source.path}: a package of torch.export and a file of torch.save at once",
-            "Which of the two counts depends on who loads it, so it was made to mislead; do not load it.",
-        )
-    old = OLD_PROGRAM in records.infos
-    package = _Package(source, records, "" if old else _root(records))
-    order = package.record("byteorder")
-    package.big_endian = order is not None and records.read(order).strip() == b"big"
+    package, keys = _open(source, records)
     compiled = package.below(COMPILED)
-    names = [] if old else package.below(MODELS)
-    if not old and not names:
-        raise InputError(
-            f"{source.path}: a model compiled by AOTInductor: machine code, not layers",
-            "Inspect the torch.export package, the state_dict or the module that it was compiled from.",
-        )
     package.found += [LoadCall(f"native code {printable(name)}", Danger.OTHER) for name in compiled if "." in name]
-    models: list[Model] = []
-    if old:
-        models.append(_read_old(package))
-    else:
-        keys = [name.removesuffix(".json") for name in names]
-        models += [_read_model(package, key, several=len(keys) > 1) for key in keys]
+    models = [_read_program(package, key, several=len(keys) > 1).model for key in keys]
     judged = [*load_calls.judge(package.calls), *package.found]
     version = f" of torch {package.torch_version}" if package.torch_version else ""
     return Checkpoint(
@@ -159,7 +154,46 @@ def read(source: Source, records: ZipRecords) -> Checkpoint:
     )
 
 
-def _read_model(package: _Package, key: str, several: bool) -> Model:
+def open_program(source: Source, records: ZipRecords, key: str | None = None) -> Opened:
+    """One program with its graph and the names of its tensors. key: which, where there are several.
+
+    Raises InputError as `read` does, UsageError where the key fits none."""
+    package, keys = _open(source, records)
+    names = [name for name in keys if name is not None]
+    if key is None and len(keys) == 1:
+        return _read_program(package, keys[0], several=False)
+    if key not in names:
+        listed = ", ".join(map(printable, names[:20])) or "one without a name"
+        what = "holds several programs" if key is None else f"has no program {printable(key)}"
+        raise UsageError(f"{source.path}: {what}", f"Choose with --key one of: {listed}.")
+    return _read_program(package, key, several=len(keys) > 1)
+
+
+def _open(source: Source, records: ZipRecords) -> tuple[_Package, list[str | None]]:
+    """The package and the names of its programs; None for the one of torch 2.7 or earlier, which has no name."""
+    if records.root is not None:
+        raise InputError(
+            f"{source.path}: a package of torch.export and a file of torch.save at once",
+            "Which of the two counts depends on who loads it, so it was made to mislead; do not load it.",
+        )
+    old = OLD_PROGRAM in records.infos
+    package = _Package(source, records, "" if old else _root(records))
+    order = package.record("byteorder")
+    package.big_endian = order is not None and records.read(order).strip() == b"big"
+    names = [] if old else package.below(MODELS)
+    if not old and not names:
+        raise InputError(
+            f"{source.path}: a model compiled by AOTInductor: machine code, not layers",
+            "Inspect the torch.export package, the state_dict or the module that it was compiled from.",
+        )
+    return package, [None] if old else [name.removesuffix(".json") for name in names]
+
+
+def _read_program(package: _Package, key: str | None, several: bool) -> Opened:
+    return _read_old(package) if key is None else _read_model(package, key, several)
+
+
+def _read_model(package: _Package, key: str, several: bool) -> Opened:
     """The program models/<key>.json with its tensors."""
     arrays: dict[str, ArrayRef] = {}
     trainable: dict[str, bool] = {}
@@ -179,7 +213,7 @@ def _read_model(package: _Package, key: str, several: bool) -> Model:
     return _finish(package, graph, Tensors(arrays, trainable), printable(key) if several else None)
 
 
-def _read_old(package: _Package) -> Model:
+def _read_old(package: _Package) -> Opened:
     """The program of a package of torch 2.7 or earlier."""
     arrays: dict[str, ArrayRef] = {}
     trainable: dict[str, bool] = {}
@@ -193,7 +227,7 @@ def _read_old(package: _Package) -> Model:
     return _finish(package, OLD_PROGRAM, Tensors(arrays, trainable), None)
 
 
-def _finish(package: _Package, graph: str, tensors: Tensors, key: str | None) -> Model:
+def _finish(package: _Package, graph: str, tensors: Tensors, key: str | None) -> Opened:
     """The model of a graph and its tensors."""
     evaluated = Evaluated()
     path = package.source.path
@@ -208,7 +242,7 @@ def _finish(package: _Package, graph: str, tensors: Tensors, key: str | None) ->
     package.notes += [f"{key}: {note}" if key else note for note in notes]
     prefix = f"{key}:" if key else ""
     package.references += [Reference(prefix + name, ref) for name, ref in tensors.arrays.items()]
-    return with_key(model, key)
+    return Opened(record, graph, program, tensors, with_key(model, key))
 
 
 # tensors

@@ -1,7 +1,7 @@
 """New running statistics into a copy of an ONNX file. The payloads and a mark differ, nothing else, where that can be.
 
 Where it cannot, because exporters let equal initializers of several layers share one tensor, the layer gets a
-tensor of its own. The file is edited as bytes (onnx_edits): models beyond protobuf's 2 GB are no harder, and
+tensor of its own. The file is edited as bytes (readers.onnx_splices): models beyond protobuf's 2 GB are no harder, and
 what this package does not understand survives.
 """
 
@@ -27,8 +27,8 @@ from normdoctor.readers.onnx_arrays import DTYPES, size
 from normdoctor.readers.onnx_graph import MAX_CHAIN, Place, Scope, Step
 from normdoctor.readers.onnx_layers import Named
 from normdoctor.readers.onnx_records import FunctionKey, Tensor, read_entry
+from normdoctor.readers.onnx_splices import Edits
 from normdoctor.readers.onnx_wire import BYTES, Wire, bytes_field, varint_field
-from normdoctor.recalibration.onnx_edits import Edits
 from normdoctor.writing import replacing
 
 MARK_KEY = "normdoctor.recalibrated"

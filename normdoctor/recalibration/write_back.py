@@ -21,14 +21,17 @@ from normdoctor.layers import ArrayRef, Checkpoint, Container, NormLayer, Refere
 from normdoctor.readers.arrays import FLOAT_TYPES, FileStorage, Part, Source, StoredArray, decode, encode
 from normdoctor.readers.live_module import LiveArray
 from normdoctor.readers.torch_pickle import LOCAL_HEADER, DeflatedStorage, ZipRecords
+from normdoctor.readers.zip_splices import (
+    CENTRAL_HEADER,
+    CHUNK,
+    END_RECORD,
+    check_fits,
+    copy_bytes,
+    directory_entries,
+    record_ends,
+)
 from normdoctor.recalibration.debias import Repair
 from normdoctor.writing import replacing
-
-CHUNK = 1 << 20
-FAR_PAST_ZIP32 = 0xFFFFFFFF
-
-CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
-END_RECORD = struct.Struct("<4s4H2IH")
 
 
 @dataclass(frozen=True)
@@ -216,21 +219,6 @@ def _mend_descriptor(file: BinaryIO, place: int, old: int, new: bytes) -> None:
     raise RefusedError("a zip record has no readable data descriptor", "Save the model again with torch.save.")
 
 
-def directory_entries(file: BinaryIO) -> list[tuple[int, str]]:
-    """Offset in the file and record name of each entry of the central directory, in order."""
-    file.seek(0)
-    with zipfile.ZipFile(file) as archive:
-        start = archive.start_dir
-        infos = archive.infolist()
-    entries = []
-    for info in infos:
-        file.seek(start)
-        header = CENTRAL_HEADER.unpack(file.read(CENTRAL_HEADER.size))
-        entries.append((start, info.filename))
-        start += CENTRAL_HEADER.size + sum(header[10:13])
-    return entries
-
-
 def _rewrite_zip(source: Path, target: Path, patches: Sequence[_Patch]) -> None:
     """Write the container anew: changed records deflated again, all others copied as they stand."""
     changed: dict[str, list[_Patch]] = {}
@@ -239,36 +227,16 @@ def _rewrite_zip(source: Path, target: Path, patches: Sequence[_Patch]) -> None:
     with Source(source) as original, target.open("wb") as file:
         records = ZipRecords(original)
         infos = list(records.infos.values())
-        if original.size >= FAR_PAST_ZIP32 or len(infos) >= 0xFFFF:
-            raise RefusedError(
-                f"{source}: a compressed zip beyond 4 GB or 65,535 records cannot be rewritten",
-                "Save it again with torch.save.",
-            )
+        check_fits(source, original.size, len(infos))
         places, sizes = {}, {}
-        ends = _record_ends(original, infos)
+        ends = record_ends(original, infos)
         for info in sorted(infos, key=lambda info: info.header_offset):
             places[info.filename] = file.tell()
             if info.filename in changed:
                 sizes[info.filename] = _write_record(file, records, info, changed[info.filename])
             else:
-                _copy(original, file, info.header_offset, ends[info.filename])
+                copy_bytes(original, file, info.header_offset, ends[info.filename])
         _write_directory(file, original, places, sizes)
-
-
-def _record_ends(source: Source, infos: Sequence[zipfile.ZipInfo]) -> dict[str, int]:
-    """Where each record with all that belongs to it ends: at the next one, or at the directory."""
-    with zipfile.ZipFile(source.stream()) as archive:
-        directory = archive.start_dir
-    ordered = sorted(infos, key=lambda info: info.header_offset)
-    starts = [info.header_offset for info in ordered[1:]] + [directory]
-    return {info.filename: end for info, end in zip(ordered, starts, strict=True)}
-
-
-def _copy(source: Source, file: BinaryIO, begin: int, end: int) -> None:
-    while begin < end:
-        count = min(CHUNK, end - begin)
-        file.write(source.read_at(begin, count))
-        begin += count
 
 
 def _write_record(

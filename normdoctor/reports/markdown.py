@@ -46,7 +46,7 @@ Column = tuple[str, str, Callable[[Any], str]]
 
 def render(survey: Survey) -> str:
     """The whole survey in less than 65,536 characters; what had to be left out is counted at the end."""
-    page = _Page()
+    page = Page()
     page.add(f"## normdoctor: {_heading(survey)}")
     page.add(f"{plural(len(survey.reports), 'file')}, {verdict(survey.reports)}")
     if survey.fixed:
@@ -55,16 +55,16 @@ def render(survey: Survey) -> str:
         page.add_rows("Not examined:\n", survey.failures, _failure, "file", share=FAILURES_SHARE)
     if found := ranked(survey.reports):
         columns = _finding_columns(len(survey.reports) > 1)
-        page.add_rows(_head(columns), found, _row_of(columns), "finding")
+        page.add_rows(head_of(columns), found, row_maker(columns), "finding")
     for report in survey.reports:
         if report.layers or report.notes:
             columns = _layer_columns(report)
-            head = "\n\n".join(filter(None, (_fold(report), _head(columns))))
-            page.add_rows(head, worst_layers_first(report), _row_of(columns), "layer", tail="\n\n</details>")
+            head = "\n\n".join(filter(None, (_fold(report), head_of(columns))))
+            page.add_rows(head, worst_layers_first(report), row_maker(columns), "layer", tail="\n\n</details>")
     return page.text()
 
 
-class _Page:
+class Page:
     """Blocks of text for as long as there is room."""
 
     def __init__(self) -> None:
@@ -105,13 +105,13 @@ class _Page:
         return "\n\n".join(self.blocks) + "\n"
 
 
-def _head(columns: Sequence[Column]) -> str:
+def head_of(columns: Sequence[Column]) -> str:
     """The first two lines of a table; nothing where it has no columns."""
     titles, alignments = [title for title, _, _ in columns], [alignment for _, alignment, _ in columns]
     return f"{_line(titles)}\n{_line(alignments)}" if columns else ""
 
 
-def _row_of(columns: Sequence[Column]) -> Callable[[Any], str]:
+def row_maker(columns: Sequence[Column]) -> Callable[[Any], str]:
     return lambda entry: _line(cell(entry) for _, _, cell in columns)
 
 
@@ -126,14 +126,14 @@ def _heading(survey: Survey) -> str:
 
 def _failure(failure: Failure) -> str:
     words = failure.message.removeprefix(f"{failure.path}: ")  # most messages begin with it
-    return f"- {_name(failure.path)}: {_prose('; '.join(filter(None, (words, failure.hint))))}"
+    return f"- {code_name(failure.path)}: {prose_of('; '.join(filter(None, (words, failure.hint))))}"
 
 
 def _finding_columns(several_files: bool) -> list[Column]:
     columns: list[Column] = [
         ("severity", "---", lambda found: _severity(found[1][0].severity)),
         ("rule", "---", lambda found: _rule(found[1][0])),
-        ("file", "---", lambda found: _name(found[0].path)),
+        ("file", "---", lambda found: code_name(found[0].path)),
         ("layers", "---", lambda found: _about(found[1])),
         ("what", "---", lambda found: _what(found[1][0])),
     ]
@@ -151,24 +151,24 @@ def _rule(finding: Finding) -> str:
 def _about(group: Sequence[Finding]) -> str:
     layers = [finding.layer for finding in group if finding.layer is not None]
     if len(layers) > 2:
-        return f"{many_layers(group)}, worst {_name(layers[0])}"
-    return ", ".join(map(_name, layers)) or "the file"
+        return f"{many_layers(group)}, worst {code_name(layers[0])}"
+    return ", ".join(map(code_name, layers)) or "the file"
 
 
 def _what(finding: Finding) -> str:
     if finding.severity is Severity.INFO:
-        return _prose(finding.message)
+        return prose_of(finding.message)
     prose, command = split_fix(finding.fix)
-    fix = " ".join(filter(None, (_prose(prose), markdown_code(command) if command else "")))
-    return f"{_prose(finding.message)} {_prose(finding.rule.why)}<br>Fix: {fix}"
+    fix = " ".join(filter(None, (prose_of(prose), markdown_code(command) if command else "")))
+    return f"{prose_of(finding.message)} {prose_of(finding.rule.why)}<br>Fix: {fix}"
 
 
 def _fold(report: Report) -> str:
     """The beginning of what is folded away: the file, its format, the notes of its reader."""
     read = "" if report.bytes_total is None else f", read {size(report.bytes_read)} of {size(report.bytes_total)}"
     title = f"{html_code(shortened(report.path, NAME_ROOM))}: {plural(len(report.layers), 'layer')}"
-    about = f"{_prose(report.format, NOTE_ROOM)}, {kinds_in_words(report.layers)}{read}"
-    notes = [f"- {_prose(note, NOTE_ROOM)}" for note in report.notes[:NOTES_SHOWN]]
+    about = f"{prose_of(report.format, NOTE_ROOM)}, {kinds_in_words(report.layers)}{read}"
+    notes = [f"- {prose_of(note, NOTE_ROOM)}" for note in report.notes[:NOTES_SHOWN]]
     if len(report.notes) > NOTES_SHOWN:
         notes.append(f"- and {plural(len(report.notes) - NOTES_SHOWN, 'more note')}")
     return "\n\n".join(filter(None, (f"<details><summary>{title}</summary>", about, "\n".join(notes))))
@@ -178,7 +178,7 @@ def _layer_columns(report: Report) -> list[Column]:
     """Those with something to say about any layer."""
     codes = codes_by_layer(report)
     columns: list[Column] = [
-        ("layer", "---", lambda layer: _name(layer.name)),
+        ("layer", "---", lambda layer: code_name(layer.name)),
         ("kind", "---", lambda layer: layer.kind.value),
         ("channels", "---:", lambda layer: str(layer.channels)),
         ("weight", "---", lambda layer: _spread(layer, "weight")),
@@ -201,12 +201,12 @@ def _spread(layer: NormLayer, field: str) -> str:
 
 def _listed(fingerprints: Sequence[str]) -> str:
     more = len(fingerprints) - FIXED_SHOWN
-    return ", ".join(map(_name, fingerprints[:FIXED_SHOWN])) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(code_name, fingerprints[:FIXED_SHOWN])) + (f" and {more} more" if more > 0 else "")
 
 
-def _name(name: str) -> str:
+def code_name(name: str) -> str:
     return markdown_code(shortened(name, NAME_ROOM))
 
 
-def _prose(words: str, room: int = PROSE_ROOM) -> str:
+def prose_of(words: str, room: int = PROSE_ROOM) -> str:
     return markdown_text(words if len(words) <= room else f"{words[: room - 1]}…")

@@ -21,17 +21,22 @@ class _Console(Console):
         raise BrokenPipeError  # rich would exit with 1, which here means findings
 
 
-def print_paragraph(console: Console, words: str, indent: int = 0) -> None:
+def wrapped(console: Console, words: str, indent: int = 0) -> list[str]:
     """The words in lines of the console's width, without control characters. Long names stay whole."""
     pad = " " * indent
-    for line in textwrap.wrap(
+    return textwrap.wrap(
         printable(words),
         max(40, console.width),
         initial_indent=pad,
         subsequent_indent=pad,
         break_long_words=False,
         break_on_hyphens=False,
-    ):
+    )
+
+
+def print_paragraph(console: Console, words: str, indent: int = 0) -> None:
+    """The words in lines of the console's width, as `wrapped` breaks them."""
+    for line in wrapped(console, words, indent):
         console.print(line)
 
 

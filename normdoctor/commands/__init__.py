@@ -1,0 +1,1 @@
+"""Commands with so many options that each has a file of its own, and what all commands share."""

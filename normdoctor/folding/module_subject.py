@@ -1,0 +1,228 @@
+"""What torch runs as a subject to fold: a pickled module, an architecture with its weights, a live module.
+
+TorchScript and anything that goes to ONNX is exported first, and the ONNX file is what is folded."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normdoctor.errors import RefusedError
+from normdoctor.exporting.onnx_names import ONE_BATCH
+from normdoctor.flow.graph import Graph, Node
+from normdoctor.flow.plan import FoldPlan
+from normdoctor.folding.data import Wanted, load_data
+from normdoctor.folding.opening import Request
+from normdoctor.folding.subjects import Feed, Subject
+from normdoctor.folding.verify import Runnable, Running
+from normdoctor.models.inputs import Example
+from normdoctor.tracing.sites import unsuitable
+
+if TYPE_CHECKING:
+    from normdoctor.exporting.with_torch import NamedRunner
+    from normdoctor.folding.with_torch import Runner
+    from normdoctor.models.with_torch import Loaded
+    from normdoctor.tracing.with_torch import Trace
+
+
+@dataclass
+class ModuleSubject:
+    """See `Subject`."""
+
+    request: Request
+    loaded: Loaded
+    example: Example
+    trace: Trace
+    format: str
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def graph(self) -> Graph:
+        return self.trace.graph
+
+    @property
+    def evaluation(self) -> bool:
+        return self.loaded.evaluation
+
+    def refused(self, plan: FoldPlan) -> Mapping[Node, tuple[str, str]]:
+        """Norms that a plan folds in a way that module code cannot express."""
+        return unsuitable(self.trace.sites, plan)
+
+    def feeds(self) -> Iterator[Feed]:
+        return feeds_of(self.request, self.loaded, self.example, several=self.trace.any_batch)
+
+    def original(self) -> Runner:
+        from normdoctor.folding.with_torch import Runner
+
+        return Runner(self.loaded)
+
+    def build(self, plan: FoldPlan, output: Path | None) -> Any:
+        from normdoctor.folding.with_torch import apply, save
+
+        path = self.request.path
+        whole = path is not None and self.request.arch is None and self.request.key is None
+        if output is not None and plan.changes_nothing and whole and not self.request.state_dict and not self.notes:
+            assert path is not None
+            shutil.copyfile(path, output)
+            return self.loaded.model
+        module = apply(plan, self.trace.sites, self.loaded.model)
+        if output is not None:
+            save(module, output, state_dict=self.request.state_dict)
+        return module
+
+    def folded(self, built: Any) -> Runner:
+        from normdoctor.folding.with_torch import Runner
+
+        return Runner(replace(self.loaded, model=built))
+
+
+def feeds_of(request: Request, loaded: Loaded, example: Example, *, several: bool) -> Iterator[Feed]:
+    """What the proof runs on: --data, the caller's own example, or random numbers of the shapes given.
+
+    several: first with at least two samples, since a fold over the batch would not show in one."""
+    from normdoctor.folding.with_torch import named_tensors, with_arrays
+    from normdoctor.models.with_torch import make_example
+
+    if request.data is not None:
+        named = list(named_tensors(loaded, example))
+        wanted = [
+            Wanted(name, (None,) * tensor.ndim, str(tensor.dtype).removeprefix("torch.")) for name, _, tensor in named
+        ]
+        arrays = load_data(request.data, wanted)
+        yield Feed(with_arrays(example, {name: place for name, place, _ in named}, arrays), str(request.data))
+        return
+    if request.example_inputs is not None:
+        yield Feed(example, "the example inputs given")
+    elif not request.specs:
+        yield Feed(example, "the example inputs in the file")
+    else:
+        specs = request.specs
+        lengths = {spec.shape[0] for spec in specs if spec.shape}
+        if several and lengths == {1}:
+            pairs = [replace(spec, shape=(2, *spec.shape[1:])) if spec.shape else spec for spec in specs]
+            doubled = make_example(loaded, pairs, seed=request.seed)
+            yield Feed(doubled, f"random numbers of seed {request.seed}: {doubled}")
+        yield Feed(example, f"random numbers of seed {request.seed}: {example}")
+
+
+def load_model(request: Request) -> tuple[Loaded, Example]:
+    """The model and its example inputs. Raises what `open_model` and `make_example` raise."""
+    from normdoctor.models.with_torch import example_of, make_example, open_model, take
+
+    if request.path is None:
+        loaded = take(request.model)
+    else:
+        loaded = open_model(
+            request.path, trust=request.trust, arch=request.arch, arch_args=request.arch_args, key=request.key
+        )
+    if request.example_inputs is not None:
+        return loaded, example_of(request.example_inputs)
+    return loaded, make_example(loaded, request.specs, seed=request.seed)
+
+
+@contextmanager
+def open_module(request: Request) -> Iterator[Subject]:
+    """The model that torch makes of the file, or the ONNX file that it becomes."""
+    from normdoctor.models.with_torch import Kind
+    from normdoctor.tracing.with_torch import trace
+
+    loaded, example = load_model(request)
+    if request.export is not None:
+        with (
+            tempfile.TemporaryDirectory(prefix="normdoctor-") as folder,
+            _exported(request, loaded, example, Path(folder) / "model.onnx") as subject,
+        ):
+            yield subject
+        return
+    if loaded.kind is Kind.SCRIPT:
+        raise RefusedError(
+            f"{request.source}: TorchScript keeps its code and its weights in a form that only torch's compiler writes",
+            f"Fold it on its way to ONNX: normdoctor fold {request.source} --export onnx --input-shape ...",
+        )
+    traced = trace(loaded, example)
+    built = request.arch is not None
+    form = f"PyTorch module ({request.arch})" if built else "PyTorch module"
+    yield ModuleSubject(request, loaded, example, traced, form, [*loaded.notes, *traced.notes])
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """The ONNX file in its runtime, compared with what ran in torch."""
+
+    inner: Runnable
+    engine: str
+
+    def run(self, inputs: Any) -> Any:
+        return self.inner.run(inputs)
+
+    def in_float64(self) -> Running:
+        return self.inner.in_float64()
+
+    def float64_seconds(self, seconds: float) -> float:
+        return self.inner.float64_seconds(seconds)
+
+
+@dataclass
+class ExportedSubject:
+    """An ONNX file made of a model, folded as one, and proven beside the model itself. See `Subject`."""
+
+    request: Request
+    inner: Subject
+    source: NamedRunner
+    format: str
+    notes: list[str]
+
+    @property
+    def graph(self) -> Graph:
+        return self.inner.graph
+
+    @property
+    def evaluation(self) -> bool:
+        return True  # an export is made in eval mode
+
+    def refused(self, plan: FoldPlan) -> Mapping[Node, tuple[str, str]]:
+        return self.inner.refused(plan)
+
+    def feeds(self) -> Iterator[Feed]:
+        if self.request.data is not None:
+            yield from self.inner.feeds()
+            return
+        several = not self.request.static and ONE_BATCH not in self.notes
+        for feed in feeds_of(self.request, self.source.loaded, self.source.example, several=several):
+            yield Feed(self.source.exported.arrays(feed.inputs), feed.words)
+
+    def original(self) -> Runnable:
+        return self.source
+
+    def build(self, plan: FoldPlan, output: Path | None) -> Any:
+        return self.inner.build(plan, output)
+
+    def folded(self, built: Any) -> Runnable:
+        return _Beside(self.inner.folded(built), self.source.engine)
+
+
+@contextmanager
+def _exported(request: Request, loaded: Loaded, example: Example, path: Path) -> Iterator[Subject]:
+    from normdoctor.exporting.with_torch import NamedRunner, export_onnx
+    from normdoctor.folding.onnx_subject import open_onnx
+
+    exported = export_onnx(loaded, example, path, opset=request.opset, static=request.static)
+    inner = replace(
+        request,
+        model=path,
+        export=None,
+        arch=None,
+        arch_args=None,
+        key=None,
+        example_inputs=None,
+        input_shape=(),
+    )
+    with open_onnx(inner) as subject:
+        notes = [*subject.notes, *loaded.notes, *exported.notes]
+        form = f"{subject.format}, exported from a {loaded.kind.value}"
+        yield ExportedSubject(request, subject, NamedRunner(loaded, example, exported), form, notes)

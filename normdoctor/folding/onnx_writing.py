@@ -1,0 +1,123 @@
+"""A folded ONNX file, written whole or not at all; the input and what is beside it are only read.
+
+The new weights are computed one at a time and wait in a file beside the output, so the memory is that of the
+largest one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normdoctor.errors import RefusedError
+from normdoctor.flow.plan import FoldPlan
+from normdoctor.folding.onnx_edits import Surgery
+from normdoctor.folding.onnx_layout import Layout
+from normdoctor.folding.onnx_storage import KEPT_INSIDE, NewTensor
+from normdoctor.readers.arrays import Source, encode
+from normdoctor.readers.onnx_flow import Flow
+from normdoctor.readers.onnx_splices import Extent, copy
+from normdoctor.writing import replacing
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a folded file is beside the original."""
+
+    nodes: tuple[int, int]
+    """In the main graph and all bodies, before and after; constants not counted."""
+    stored: tuple[int, int]
+    """Bytes of the model and its external data, before and after."""
+    files: tuple[Path, ...]
+    """What was written: the model first, then its data file where it has one."""
+
+
+def write_folded(flow: Flow, plan: FoldPlan, output: Path) -> Written:
+    """The model with `plan` done, at `output`; external data goes to a file of its own beside it.
+
+    `plan.new_inputs()` is gone through once. Where the plan changes nothing the output is a copy of the input.
+    Raises InputError where a weight cannot be read, RefusedError for external data of a kind that cannot be moved."""
+    if plan.changes_nothing:
+        return copy_unchanged(flow, output)
+    surgery = Surgery(flow, plan)
+    with ExitStack() as stack:
+        # Left in reverse order: the data file is in place before the model that needs it.
+        model = stack.enter_context(replacing(output))
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent, prefix=".normdoctor-"))
+        spool = Path(folder) / "weights"
+        with spool.open("wb") as file:
+            places = list(_compute(surgery, plan, file))
+        surgery.settle()
+        with Source(spool) as source:
+            for tensor, start, end in places:
+                tensor.extent = Extent(source, start, end)
+            files = _write(Layout(flow.survey.tensors, surgery, output), model, stack)
+    stored = sum(path.stat().st_size for path in files)
+    return Written(surgery.count_nodes(), (flow.survey.checkpoint.bytes_total or 0, stored), tuple(files))
+
+
+def _compute(surgery: Surgery, plan: FoldPlan, spool: BinaryIO) -> Iterator[tuple[NewTensor, int, int]]:
+    """Every new tensor whose bytes went to `spool`, and where they are there; small ones keep theirs."""
+    for new in plan.new_inputs():
+        tensor = surgery.give(new.node, new.slot, new.values.shape, new.dtype)
+        if _store(tensor, new.values, spool):
+            yield tensor, spool.tell() - tensor.nbytes, spool.tell()
+    for tensor, values in surgery.given_values:
+        if _store(tensor, values, spool):
+            yield tensor, spool.tell() - tensor.nbytes, spool.tell()
+
+
+def _store(tensor: NewTensor, values: NDArray[np.float64], spool: BinaryIO) -> bool:
+    """Round the values once to their own type. Whether the spool has them."""
+    data = encode(np.ravel(values), tensor.dtype)
+    if len(data) <= KEPT_INSIDE:
+        tensor.data = data
+        return False
+    spool.write(data)
+    return True
+
+
+def _write(layout: Layout, model: Path, stack: ExitStack) -> list[Path]:
+    files = [layout.output]
+    with model.open("wb") as file:
+        for piece in layout.pieces():
+            copy(piece, file)
+    if layout.data is not None and not layout.data.empty:
+        files.append(layout.output.with_name(layout.data.name))
+        with stack.enter_context(replacing(files[1])).open("wb") as file:
+            layout.data.write(file)
+    return files
+
+
+def copy_unchanged(flow: Flow, output: Path) -> Written:
+    """The input, byte for byte. External data is copied along where the output lies in another folder.
+
+    Raises RefusedError where a file of the data's name is there already."""
+    survey = flow.survey
+    total = survey.checkpoint.bytes_total or 0
+    surgery = Surgery(flow, FoldPlan(flow.graph))
+    kept = Layout(survey.tensors, surgery, output).kept
+    files = [output]
+    with ExitStack() as stack:
+        model = stack.enter_context(replacing(output))
+        if output.parent.resolve() != flow.path.parent.resolve():
+            for location in sorted({tensor.external.get("location", "") for tensor in kept if tensor.is_external}):
+                target = output.parent / location
+                if target.exists():
+                    raise RefusedError(
+                        f"{target}: exists already, and the unchanged copy needs its data under that name",
+                        "Choose an output in another folder.",
+                    )
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(survey.tensors.locate(location), stack.enter_context(replacing(target)))
+                files.append(target)
+        shutil.copyfile(flow.path, model)
+    return Written(surgery.count_nodes(), (total, total), tuple(files))

@@ -1,0 +1,186 @@
+"""Modules in files: whole, or built by --arch; written whole, as a state_dict, or to ONNX."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import normdoctor as nd
+
+CODE = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes=5):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, image, scale=None):
+        x = self.norm(self.conv(image)).relu().mean((2, 3))
+        x = x if scale is None else x * scale
+        return {"logits": self.head(x), "features": (x,)}
+
+class Plain(Net):
+    def forward(self, image):
+        found = super().forward(image)
+        return found["logits"], found["features"][0]
+
+class ByValue(Net):
+    def forward(self, image):
+        return super().forward(image) if image.sum() > 0 else image
+
+class Unpicklable(Net):
+    def __init__(self):
+        super().__init__()
+        self.function = lambda x: x
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with the code of the net, its module and its weights."""
+    (tmp_path / "foldnets.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    import foldnets
+
+    torch.manual_seed(0)
+    net = foldnets.Net()
+    net.norm.running_mean.normal_()
+    net.norm.running_var.uniform_(0.5, 2)
+    torch.save(net.eval(), tmp_path / "module.pt")
+    torch.save(net.train(), tmp_path / "training.pt")
+    torch.save({"model": net, "optimizer": {"state": {}}}, tmp_path / "checkpoint.pt")
+    torch.save(net.state_dict(), tmp_path / "weights.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = foldnets.Plain()
+        plain.load_state_dict(net.state_dict())
+        script = torch.jit.trace(plain.eval(), torch.randn(1, 3, 8, 8))
+        torch.jit.save(script, tmp_path / "script.pt")
+    yield tmp_path
+    sys.modules.pop("foldnets", None)
+
+
+def outputs(module: Any, **inputs: Any) -> Any:
+    with torch.no_grad():
+        return module.eval()(torch.ones(3, 3, 8, 8), **inputs)["logits"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("module.pt", {"trust": True}),
+        ("weights.pt", {"arch": "foldnets:Net"}),
+        ("training.pt", {"trust": True, "eval": True}),
+        ("checkpoint.pt", {"trust": True, "eval": True}),
+    ],
+)
+def test_the_output_is_a_whole_module(here: Path, name: str, options: dict[str, Any]) -> None:
+    before = (here / name).read_bytes()
+    folding = nd.fold(here / name, input_shape="1,3,8,8", **options)
+    assert folding.path == here / f"{Path(name).stem}.folded.pt" and folding.report.folded == 1
+    assert folding.report.proof.state.value == "verified"
+    module = torch.load(folding.path, weights_only=False)
+    assert isinstance(module.norm, torch.nn.Identity) and module.conv.bias is not None
+    torch.testing.assert_close(outputs(module), outputs(torch.load(here / "module.pt", weights_only=False)))
+    assert (here / name).read_bytes() == before
+    dropped = [note for note in folding.report.notes if "optimizer" in note]
+    assert bool(dropped) == (name == "checkpoint.pt")
+
+
+def test_training_mode_is_no_inference(here: Path) -> None:
+    folding = nd.fold(here / "training.pt", trust=True, input_shape="1,3,8,8")
+    assert [row.code for row in folding.report.rows] == ["training-mode"]
+    assert folding.path is not None and folding.path.read_bytes() == (here / "training.pt").read_bytes()
+
+
+def test_a_state_dict_of_the_folded_module(here: Path) -> None:
+    folding = nd.fold(here / "weights.pt", arch="foldnets:Net", input_shape="1,3,8,8", state_dict=True)
+    state = torch.load(folding.path, weights_only=True)
+    assert set(state) == {"conv.weight", "conv.bias", "head.weight", "head.bias"}
+
+
+def test_what_cannot_be_pickled(here: Path) -> None:
+    options: dict[str, Any] = {"arch": "foldnets:Unpicklable", "input_shape": "1,3,8,8"}
+    with pytest.raises(nd.RefusedError, match=r"torch\.save cannot write it") as caught:
+        nd.fold(here / "weights.pt", **options)
+    assert "--state-dict" in caught.value.hint and not list(here.glob("*.folded*"))
+    assert nd.fold(here / "weights.pt", **options, state_dict=True).path is not None
+
+
+def test_code_that_decides_by_values(here: Path) -> None:
+    with pytest.raises(nd.InputError, match="cannot follow its code") as caught:
+        nd.fold(here / "weights.pt", arch="foldnets:ByValue", input_shape="1,3,8,8")
+    assert "\n" not in caught.value.message and not list(here.glob("*.folded*"))
+
+
+def test_torchscript_is_sent_to_onnx(here: Path) -> None:
+    with pytest.raises(nd.RefusedError) as caught:
+        nd.fold(here / "script.pt", input_shape="1,3,8,8")
+    assert "--export onnx" in caught.value.hint
+
+
+def run_onnx(path: Path, **inputs: Any) -> list[Any]:
+    import onnx
+    import onnxruntime
+
+    onnx.checker.check_model(str(path), full_check=True)
+    return list(onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("module.pt", {"trust": True}),
+        ("weights.pt", {"arch": "foldnets:Net", "opset": 13}),
+        ("script.pt", {}),
+    ],
+)
+def test_to_onnx(here: Path, name: str, options: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+    import onnx
+
+    output = here / "out.onnx"
+    folding = nd.fold(here / name, export="onnx", output=output, input_shape="1,3,8,8", **options)
+    assert folding.report.folded == 1 and folding.report.proof.state.value == "verified"
+    graph = onnx.load(output).graph
+    assert "BatchNormalization" not in {node.op_type for node in graph.node}
+    assert [value.name for value in graph.input] == ["image"]
+    outputs = ["output_0", "output_1"] if name == "script.pt" else ["logits", "features_0"]
+    assert [value.name for value in graph.output] == outputs
+    images = torch.randn(4, 3, 8, 8)
+    expected = torch.load(here / "module.pt", weights_only=False)(images)["logits"].detach()
+    np.testing.assert_allclose(run_onnx(output, image=images.numpy())[0], expected, rtol=1e-4, atol=1e-5)
+    printed = capfd.readouterr()
+    assert not printed.out and not printed.err
+
+
+def test_to_onnx_for_one_batch_size(here: Path) -> None:
+    import onnx
+
+    shapes = ["image=2,3,8,8", "scale=2,8"]
+    folding = nd.fold(here / "module.pt", trust=True, export="onnx", static=True, input_shape=shapes)
+    assert folding.path == here / "module.onnx"
+    inputs = onnx.load(folding.path).graph.input
+    lengths = [[axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in inputs]
+    assert lengths == [[2, 3, 8, 8], [2, 8]] and [value.name for value in inputs] == ["image", "scale"]
+
+
+def test_a_live_module_to_onnx(here: Path) -> None:
+    module = torch.load(here / "training.pt", weights_only=False)
+    folding = nd.fold(module, (torch.randn(2, 3, 8, 8),), export="onnx", output=here / "live.onnx")
+    assert folding.report.folded == 1 and module.training and module.norm.training
+
+
+def test_an_opset_that_nothing_writes(here: Path) -> None:
+    with pytest.raises(nd.NormDoctorError, match="opset"):
+        nd.fold(here / "module.pt", trust=True, export="onnx", opset=99, input_shape="1,3,8,8")
