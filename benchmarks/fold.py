@@ -57,14 +57,13 @@ NOTES = """
 Notes:
 
 - right: every norm that can be folded exactly is, and the outputs are the same. partial and left: some and none of
-  them are, and the outputs are the same. wrong: the outputs are others. crash: the tool raised (a refusal that is an exception
-  counts), died, or was silent for 90 seconds. unusable: what it wrote does not load, does not pass onnx.checker where the original does, does not
-  run, or has lost an output's name.
+  them are, and the outputs are the same. wrong: the outputs are others. crash: the tool raised (a refusal that is an
+  exception counts), died, or was silent for 90 seconds. unusable: what it wrote does not load, does not pass
+  onnx.checker where the original does, does not run, or has lost an output's name.
 - Foldable files have something that can be folded exactly. All others are traps: right is what computes the same.
 - A norm turned into a multiplication and an addition does not count as folded.
 - plain: the norm stands right behind a convolution or linear layer of its own.
-- modules: a norm counts where it can be folded without changing the module's code. torch.jit.freeze writes a trace
-  and may do more.
+- In a pickled module a norm counts where it can be folded without changing the module's code.
 """
 
 
@@ -162,8 +161,11 @@ class Record:
     @property
     def best_of_others(self) -> int:
         """The most norms that another tool folds right."""
-        others = (each for name, each in self.judgements.items() if name not in BOTH and each.verdict not in BAD)
-        return max((each.folded for each in others), default=0)
+        return max((each.folded for each in self.others.values() if each.verdict not in BAD), default=0)
+
+    @property
+    def others(self) -> dict[str, Judgement]:
+        return {name: each for name, each in self.judgements.items() if name not in BOTH}
 
     @property
     def ours(self) -> list[Judgement]:
@@ -241,7 +243,15 @@ def table(title: str, records: Sequence[Record], workers: Sequence[Worker]) -> l
     foldable = [record for record in records if record.foldable]
     plain = sum(record.case.pattern.kind == "plain" for record in foldable)
     columns = list(counts([], ""))
-    head = ["tool", "version", *columns[:3], f"plain of {plain}", f"other of {len(foldable) - plain}", *columns[5:], "s"]
+    head = [
+        "tool",
+        "version",
+        *columns[:3],
+        f"plain of {plain}",
+        f"other of {len(foldable) - plain}",
+        *columns[5:],
+        "s",
+    ]
     lines = ["", f"## {title}", "", row(head), row(["---", "---", *["---:"] * (len(head) - 2)])]
     for worker in names:
         name = worker.tool.name
@@ -298,23 +308,21 @@ def bad(result: Run) -> list[str]:
 
 
 def behind(result: Run) -> list[str]:
-    """Where ours folds less than another tool, or less than is expected."""
-    lines = [
-        f"- {record.case.name}: {ours.verdict.value}, {ours.folded} of {record.case.expected}"
-        f"{f'; {record.best_of_others} by ' + ', '.join(better) if better else ''} {ours.message}".rstrip()
-        for record in result.records
-        if record.behind
-        for ours in record.ours[:1]
-        for better in [
-            [
-                name
-                for name, each in record.judgements.items()
-                if name not in BOTH and each.verdict not in BAD and each.folded > ours.folded
-            ]
-        ]
-    ]
-    title = "## Where normdoctor folds less than is expected, or less than another tool"
-    return ["", title, "", *(lines or ["Nowhere."])]
+    """Where ours folds less than is expected, and where another tool folds more."""
+    less, more = [], []
+    for record in result.records:
+        if not record.behind:
+            continue
+        ours = min(record.ours, key=lambda each: (each.verdict == Verdict.RIGHT, each.folded))
+        better = [name for name, each in record.others.items() if each.verdict not in BAD and each.folded > ours.folded]
+        also = f"; {record.best_of_others} by {', '.join(better)}" if better else ""
+        line = f"- {record.case.name}: {ours.verdict.value}, {ours.folded} of {record.case.expected}{also}"
+        line += f" {ours.message}" if ours.message else ""
+        (more if ours.verdict == Verdict.RIGHT else less).append(line)
+    return [
+        "", "## Where normdoctor folds less than is expected", "", *(less or ["Nowhere."]),
+        "", "## Where another tool folds what need not be", "", *(more or ["Nowhere."]),
+    ]  # fmt: skip
 
 
 def cell(record: Record | None) -> str:
@@ -322,7 +330,7 @@ def cell(record: Record | None) -> str:
     if record is None:
         return ""
     judgement = record.ours[0] if record.ours else None
-    others = [each.verdict == Verdict.RIGHT for name, each in record.judgements.items() if name not in BOTH]
+    others = [each.verdict == Verdict.RIGHT for each in record.others.values()]
     ours = ""
     if judgement is not None:
         ours = f"{judgement.folded}" if judgement.verdict == Verdict.RIGHT else judgement.verdict.value

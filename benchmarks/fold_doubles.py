@@ -83,7 +83,9 @@ def tensors(*arrays: Any) -> list[Any]:
     return [None if each is None else torch.from_numpy(np.array(each, np.float64)) for each in arrays]
 
 
-def padding(auto_pad: str | None, pads: Any, x: Any, kernel: list[int], strides: list[int], dilations: list[int]) -> list[int]:
+def padding(
+    auto_pad: str | None, pads: Any, x: Any, kernel: list[int], strides: list[int], dilations: list[int]
+) -> list[int]:
     """Zeros before and after each spatial axis, in the order of F.pad."""
     axes = len(kernel)
     if auto_pad in ("SAME_UPPER", "SAME_LOWER"):
@@ -126,7 +128,9 @@ class ConvTranspose(OpRun):
         function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[axes - 1]
         y = function(x, w, b, tuple(strides), 0, 0, group or 1, tuple(dilations))
         if output_padding:  # what lies behind the last tap is only the bias
-            extra = torch.zeros(*y.shape[:2], *(size + more for size, more in zip(y.shape[2:], output_padding, strict=True)))
+            extra = torch.zeros(
+                *y.shape[:2], *(size + more for size, more in zip(y.shape[2:], output_padding, strict=True))
+            )
             extra = extra.double() + (0 if b is None else b.reshape(-1, *[1] * axes))
             extra[(..., *(slice(size) for size in y.shape[2:]))] = y
             y = extra

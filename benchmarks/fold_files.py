@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fold_graph_bodies
+import fold_graph_paths
 import fold_graph_sites
 import fold_graphs
 import fold_models
 import fold_nets
-import fold_nets_hard
+import fold_nets_between
+import fold_nets_first
 import fold_nets_shared
+import fold_nets_traps
 import numpy as np
 import onnx
 import torch
@@ -27,7 +31,10 @@ from fold_sheets import GRAPHS
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-SOURCES = (fold_graphs, fold_graph_sites, fold_models, fold_nets, fold_nets_hard, fold_nets_shared)
+SOURCES = (
+    fold_graphs, fold_graph_paths, fold_graph_sites, fold_graph_bodies, fold_models,
+    fold_nets, fold_nets_between, fold_nets_first, fold_nets_shared, fold_nets_traps,
+)  # fmt: skip
 """Imported for the patterns that they register."""
 
 SUFFIXES = {"module": ".pt", "pt2": ".pt2", "pt2-decomposed": ".pt2"}
@@ -87,7 +94,9 @@ def build(pattern: Pattern, fmt: str, directory: Path, seed: int = 0) -> Case:
         model, inputs = pattern.make(seed)
         onnx.save(model, path)
         dtypes = tuple(str(value.dtype) for value in inputs.values())
-        inputs = {name: value.astype(np.float32) if value.dtype.kind == "V" else value for name, value in inputs.items()}
+        inputs = {
+            name: value.astype(np.float32) if value.dtype.kind == "V" else value for name, value in inputs.items()
+        }
         return Case(pattern, fmt, path, inputs, dtypes, tuple(evaluate(model, inputs)))
     module, tensors = pattern.make(seed)
     references = tuple(each.numpy() for each in run_in_double(module, tensors))

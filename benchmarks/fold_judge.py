@@ -84,7 +84,9 @@ def measure(case: Case) -> Original:
 def used_types(case: Case) -> Iterable[str]:
     """Element types of the inputs, and of what a graph casts to."""
     yield from case.dtypes
-    if case.is_onnx and any(each.data_type == onnx.TensorProto.FLOAT16 for each in onnx.load(case.path).graph.initializer):
+    if case.is_onnx and any(
+        each.data_type == onnx.TensorProto.FLOAT16 for each in onnx.load(case.path).graph.initializer
+    ):
         yield "float16"
 
 

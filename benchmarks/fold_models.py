@@ -9,7 +9,9 @@ from fold_patterns import Net, conv, deconv, images, length, norm
 from torch import Tensor, nn
 
 
-def conv_norm(a: int, b: int, kernel: int = 3, dims: int = 2, act: nn.Module | None = None, **settings: Any) -> nn.Module:
+def conv_norm(
+    a: int, b: int, kernel: int = 3, dims: int = 2, act: nn.Module | None = None, **settings: Any
+) -> nn.Module:
     settings.setdefault("padding", kernel // 2)
     layers = [conv(a, b, kernel, dims, bias=False, **settings), norm(b, dims)]
     return nn.Sequential(*layers, *([act] if act is not None else []))
@@ -125,7 +127,14 @@ class Vgg(Net, kind="plain", norms=3):
 class Perceptron(Net, kind="plain", norms=2):
     def build(self) -> Any:
         self.body = nn.Sequential(
-            nn.Linear(6, 8), norm(8, 1), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 5), norm(5, 1), nn.Tanh(), nn.Linear(5, 2)
+            nn.Linear(6, 8),
+            norm(8, 1),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Linear(8, 5),
+            norm(5, 1),
+            nn.Tanh(),
+            nn.Linear(5, 2),
         )
         return torch.randn(5, 6)
 
@@ -328,7 +337,10 @@ class Detector(Net, kind="plain", norms=5):
     def build(self) -> Any:
         self.low, self.high = conv_norm(3, 4, act=nn.SiLU()), conv_norm(4, 6, act=nn.SiLU(), stride=2)
         self.side, self.merge = conv_norm(6, 4, 1, act=nn.SiLU()), conv_norm(8, 5, act=nn.SiLU())
-        self.up, self.head = nn.Upsample(scale_factor=2), nn.Sequential(conv_norm(6, 6, act=nn.SiLU()), nn.Conv2d(6, 2, 1))
+        self.up, self.head = (
+            nn.Upsample(scale_factor=2),
+            nn.Sequential(conv_norm(6, 6, act=nn.SiLU()), nn.Conv2d(6, 2, 1)),
+        )
         return torch.randn(2, 3, 8, 8)
 
     def forward(self, x: Tensor) -> Any:

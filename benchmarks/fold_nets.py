@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fold_patterns import Net, conv, deconv, images, length, norm, widths
+from fold_patterns import Net, conv, deconv, images, norm, widths
 from torch import Tensor, nn
+
 
 class Conv1dNorm(Net, kind="plain"):
     def build(self) -> Any:

@@ -1,8 +1,8 @@
 """What the patterns of the fold benchmark have in common: how each is registered, and what is known of it.
 
 A pattern is a small network around one or a few BatchNorms. It says how many of them are there and how many can be
-folded without changing what the network computes. Nets (fold_nets.py, fold_models.py, fold_traps.py) are modules, saved
-in every format that has them; graphs (fold_graphs.py, fold_graph_sites.py) are ONNX files no exporter would write.
+folded without changing what the network computes. Nets (fold_nets*.py, fold_models.py) are modules, saved in every
+format that has them; graphs (fold_graph*.py) are ONNX files, many of which no exporter would write.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class Net(nn.Module):
         in_module = folds if in_module is None else in_module
         formats = tuple(fmt for fmt in formats if fmt not in without)
         NETS.append(
-            Pattern(cls.__name__, kind, norms, folds, in_module, least, formats, lambda seed: make(cls, seed), written_out)
+            Pattern(
+                cls.__name__, kind, norms, folds, in_module, least, formats, lambda seed: make(cls, seed), written_out
+            )
         )
 
     def build(self) -> Any:

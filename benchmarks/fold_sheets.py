@@ -15,7 +15,9 @@ GRAPHS: list[Pattern] = []
 Write = Callable[["Sheet"], None]
 
 
-def graph(kind: str, norms: int = 1, folds: int | None = None, name: str = "", **known: Any) -> Callable[[Write], Write]:
+def graph(
+    kind: str, norms: int = 1, folds: int | None = None, name: str = "", **known: Any
+) -> Callable[[Write], Write]:
     """Register a function that writes one graph; what is known of it as in Pattern, opset and ir as in Sheet."""
 
     def register(write: Write) -> Write:
@@ -101,7 +103,9 @@ class Sheet:
 
     # What patterns are made of
 
-    def conv(self, x: str, inputs: int, outputs: int, kernel: int = 3, bias: bool | None = None, **settings: Any) -> str:
+    def conv(
+        self, x: str, inputs: int, outputs: int, kernel: int = 3, bias: bool | None = None, **settings: Any
+    ) -> str:
         groups, dims = settings.get("group", 1), settings.pop("dims", 2)
         bias = bool(self.random.random() < 0.5) if bias is None else bias
         weight = self.weight(outputs, inputs // groups, *[kernel] * dims)
@@ -117,7 +121,9 @@ class Sheet:
         variance = 0.05 * 400 ** self.random.random(channels)
         return [scale, self.numbers(channels), self.numbers(channels), variance]
 
-    def norm(self, x: str, channels: int, positive: bool | None = None, outputs: Sequence[str] | None = None, **settings: Any) -> str:
+    def norm(
+        self, x: str, channels: int, positive: bool | None = None, outputs: Sequence[str] | None = None, **settings: Any
+    ) -> str:
         dtype = settings.pop("parameters", None)
         names = [self.constant(each, dtype=dtype) for each in self.statistics(channels, positive)]
         return self.node("BatchNormalization", x, *names, outputs=outputs, **settings)

@@ -53,9 +53,13 @@ def build(path: Path) -> None:
         weight = scale * random.standard_normal((outputs, inputs, kernel, kernel), dtype=np.float32)
         nodes.append(
             helper.make_node(
-                "Conv", [x, store(f"{name}.weight", weight)], [f"{name}.y"], name=name,
-                strides=[stride] * 2, pads=[kernel // 2] * 4,
-            )  # fmt: skip
+                "Conv",
+                [x, store(f"{name}.weight", weight)],
+                [f"{name}.y"],
+                name=name,
+                strides=[stride] * 2,
+                pads=[kernel // 2] * 4,
+            )
         )
         parameters = (
             random.uniform(0.3, 0.8, outputs), random.normal(0, 0.2, outputs),
@@ -141,7 +145,9 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--tools", nargs="*", choices=OTHERS, default=list(OTHERS), metavar="NAME")
     parser.add_argument("--python", default=sys.executable, help="the interpreter for all tools but normdoctor")
-    parser.add_argument("--no-proof", action="store_true", help="leave out the fold with its proof, which takes longest")
+    parser.add_argument(
+        "--no-proof", action="store_true", help="leave out the fold with its proof, which takes longest"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         source, target = Path(temporary) / "resnet152.onnx", Path(temporary) / "folded.onnx"

@@ -1,6 +1,7 @@
 """The command line: options → one API call → one renderer → an exit code.
 
-0: nothing at or above --fail-on. 1: findings at or above it. 2: could not do it. 2 wins over 1 wins over 0.
+0: nothing at or above --fail-on. 1: findings at or above it, or a fold whose proof failed. 2: could not do it.
+2 wins over 1 wins over 0.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="normdoctor",
-    help="Inspect, judge and repair the norm layers of trained PyTorch and ONNX models.",
-    epilog="Exit codes: 0 fine, 1 findings at or above --fail-on, 2 could not do it.",
+    help="Inspect, judge, repair and fold the norm layers of trained PyTorch and ONNX models.",
+    epilog="Exit codes: 0 fine, 1 findings at or above --fail-on or a failed proof, 2 could not do it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

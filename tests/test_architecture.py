@@ -22,7 +22,7 @@ FLOORS = [
     {"inspection"},
     {"baseline", "configuration"},
     {"models"},
-    {"exporting", "tracing"},
+    {"exporting", "torchscript", "tracing"},
     {"recalibration", "folding"},
     {"reports"},
     {"commands"},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from normdoctor.exporting.onnx_names import ONE_BATCH, unique_names
 from normdoctor.layers import load
 from normdoctor.models.architecture import one_line
 from normdoctor.models.inputs import Example
-from normdoctor.models.with_torch import Kind, Loaded, flatten, named_inputs, quiet, run
+from normdoctor.models.with_torch import Kind, Loaded, flatten, in_order, named_inputs, quiet, run
 from normdoctor.readers.live_module import LiveArray
 
 OLDEST_OPSET = 18
@@ -207,7 +207,7 @@ def _export_old(loaded: Loaded, example: Example, exported: Exported, opset: int
             warnings.simplefilter("error", TracerWarning)
         torch.onnx.export(
             loaded.model,
-            (*example.args, *_in_order(loaded, example)),
+            tuple(in_order(loaded, example)),
             str(exported.path),
             dynamo=False,
             do_constant_folding=False,
@@ -217,17 +217,6 @@ def _export_old(loaded: Loaded, example: Example, exported: Exported, opset: int
             verbose=False,
             **options,
         )
-
-
-def _in_order(loaded: Loaded, example: Example) -> Sequence[Any]:
-    """Named arguments by place: the older exporter knows no names."""
-    from normdoctor.models.with_torch import parameters_of
-
-    names = parameters_of(loaded)[len(example.args) :]
-    values = [example.kwargs.get(name) for name in names if not name.startswith("*")]
-    while values and values[-1] is None:
-        values.pop()
-    return values
 
 
 def _is_large(tensors: Any) -> bool:

@@ -119,7 +119,8 @@ def _new_input(node: Node, slot: int, values: Array, like: int | None = None) ->
     """The new values of an input; one that was absent has the type of the input `like`."""
     old = node.given(slot)
     model = old or (None if like is None else node.given(like)) or node.x
-    return NewInput(node, slot, values, model.dtype or "float32", copied=old is not None and len(old.uses) > 1)
+    others = [use for use in (old.uses if old is not None else ()) if use.node.op is not Op.SHAPE]
+    return NewInput(node, slot, values, model.dtype or "float32", copied=len(others) > 1)
 
 
 def weights_of(node: Node, state: State) -> Weights:
@@ -260,6 +261,8 @@ class _Planner:
             return
         try:
             affine = self._movable(candidate)
+            if affine.is_identity and candidate.node.op is Op.LAYER_NORM:
+                raise Blocked("no-parameters", "its gain is 1 and its bias 0 already")
             if affine.is_identity:
                 deed = Deed()
             elif direction == "back":

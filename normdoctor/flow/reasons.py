@@ -31,6 +31,8 @@ REASONS = {
     "too-far": "No weight is near enough.",
     "not-linear-layers": "Others than linear layers take the gain of this LayerNorm.",
     "inside-a-branch": "The norm lies in a graph inside another operator of the program.",
+    "in-function": "The norm lies in a local function that cannot be put in the place of its calls.",
+    "overwritten": "Its input is overwritten in place where it is still used.",
     "part-of-a-call": "The norm is only a part of what one operator computes.",
     "overflow": "Its folded weights are too large for their element type.",
     # What module code cannot express

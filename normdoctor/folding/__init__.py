@@ -14,7 +14,7 @@ from typing import Any, Literal
 from normdoctor.errors import CannotRunError, MisfitError, MissingDependencyError, VerificationError
 from normdoctor.flow.graph import Node, Op
 from normdoctor.flow.plan import FoldPlan, Verdict, plan_folds
-from normdoctor.folding.ledger import OVERFLOW, WatchedPlan, count, outcomes_of, row_of
+from normdoctor.folding.ledger import OVERFLOW, WatchedPlan, outcomes_of, row_of, tally
 from normdoctor.folding.opening import Request, look_at, open_subject
 from normdoctor.folding.records import Folding, FoldReport, Proof, ProofState
 from normdoctor.folding.subjects import Feed, Subject
@@ -129,14 +129,14 @@ class _Job:
         if self.target is None:
             plan, built = self._settle(lambda plan: self.subject.build(plan, None))
             proof = self._prove(plan, built, None)
-            return self._told(plan, proof, module=built)
+            return self._told(plan, proof, module=self._module(built))
         with tempfile.TemporaryDirectory(dir=self.target.parent, prefix=".normdoctor-") as name:
             folder = Path(name)
             first = self._place_in(folder, "folded")
             plan, built = self._settle(lambda plan: self.subject.build(plan, first))
             proof = self._prove(plan, built, folder)
             self._put_in_place(plan, first)
-        return self._told(plan, proof, output=self.target)
+        return self._told(plan, proof, module=self._module(built), output=self.target)
 
     # the plan
 
@@ -288,8 +288,12 @@ class _Job:
     def _unchanged(self, plan: WatchedPlan) -> Folding:
         proof = Proof(state=ProofState.NOT_NEEDED, reason="nothing was folded")
         built = self.subject.build(plan, self.target)
-        module = built if self.target is None else None
-        return self._told(plan, proof, module=module, output=self.target, unchanged=self.request.export is None)
+        unchanged = self.request.export is None
+        return self._told(plan, proof, module=self._module(built), output=self.target, unchanged=unchanged)
+
+    def _module(self, built: Any) -> Any:
+        """What was built, for who gave a live module; None for files."""
+        return built if self.request.path is None and self.request.export is None else None
 
     def _told(
         self,
@@ -300,14 +304,14 @@ class _Job:
         module: Any = None,
         unchanged: bool = False,
     ) -> Folding:
-        parameters, nodes = count(self.subject.graph, plan)
+        counts = tally(self.subject.graph, plan)
         report = FoldReport(
             source=self.request.source,
             format=self.subject.format,
             rows=tuple(map(row_of, plan.outcomes)),
-            parameters=parameters,
-            nodes=nodes,
-            copies=tuple(plan.copies),
+            parameters=counts.parameters,
+            nodes=counts.nodes,
+            copies=counts.copies,
             overflows=tuple(plan.overflows),
             proof=proof,
             notes=(*self.subject.notes, *self.subject.graph.notes),

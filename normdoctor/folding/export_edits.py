@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from normdoctor.errors import RefusedError
+from normdoctor.errors import InputError, RefusedError
 from normdoctor.flow.affine import Array
 from normdoctor.flow.graph import Node, Op, Value
 from normdoctor.flow.plan import FoldPlan, NewInput
@@ -29,7 +30,7 @@ from normdoctor.folding.export_program import (
 from normdoctor.readers.arrays import Source, encode
 from normdoctor.readers.aten import Call, Site, overwritten_roots
 from normdoctor.readers.export_flow import MOVED, ExportFlow
-from normdoctor.readers.export_graph import as_dict, as_list, as_text, whole
+from normdoctor.readers.export_graph import DAMAGED, as_dict, as_list, as_text, whole
 from normdoctor.readers.torch_export import CONSTANTS, MODELS, WEIGHTS
 from normdoctor.readers.torch_pickle import ZipRecords
 from normdoctor.readers.zip_splices import ZipSplicer
@@ -56,7 +57,14 @@ def write_folded(flow: ExportFlow, plan: FoldPlan, source: Path, output: Path) -
     """The package at `source` with the plan in it, at `output`; whole or not at all. A plan without changes gives a
     copy. `plan.new_inputs` is gone through once.
 
-    Raises RefusedError for the layouts of torch 2.8 and earlier."""
+    Raises RefusedError for the layouts of torch 2.8 and earlier, InputError for a damaged graph."""
+    try:
+        return _write_folded(flow, plan, source, output)
+    except RecursionError:
+        raise InputError(f"{source}: the graph is nested too deeply", DAMAGED) from None
+
+
+def _write_folded(flow: ExportFlow, plan: FoldPlan, source: Path, output: Path) -> Counts:
     with replacing(output) as temporary, Source(source) as file:
         records = ZipRecords(file)
         if plan.changes_nothing:
@@ -106,7 +114,8 @@ class _Package:
             )
         parsed = [json.loads(records.read(config)) for config in configs]
         self._folders = [root + folder for folder, _ in _FOLDERS]
-        self.program = ExportProgram(json.loads(records.read(name)), [entry.get("config") or {} for entry in parsed])
+        tables: list[Any] = [content.get("config", {}) if isinstance(content, dict) else None for content in parsed]
+        self.program = ExportProgram(json.loads(records.read(name)), tables)
         for content, tensors in zip(parsed, self.program.configs, strict=True):
             content["config"] = tensors
         self.changed: dict[str, Callable[[], bytes]] = {name: self.program.encoded}

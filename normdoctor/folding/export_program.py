@@ -92,18 +92,35 @@ class ExportProgram:
         self.graph: Json = dict(as_dict(parts.get("graph")))
         self.signature: Json = dict(as_dict(parts.get("signature")))
         self.inputs, self.specs = as_list(self.graph.get("inputs")), as_list(self.signature.get("input_specs"))
-        if not isinstance(module, dict) or len(self.inputs) != len(self.specs):
-            raise InputError("the inputs of the graph are not those of its signature", DAMAGED)
-        module["graph"], module["signature"] = self.graph, self.signature
         self.nodes: list[Any] = list(as_list(self.graph.get("nodes")))
         """None where one was taken out, a list where there are several now."""
         self.metas: Json = self.graph.setdefault("tensor_values", {})
-        self.names = {*self.metas, *(as_text(as_dict(node).get("name")) for node in self.nodes)}
-        self.names.update(name for entry in self.inputs for name in _names(entry))
-        self.fields = {as_text(as_dict(spec["arg"]).get("name")): spec[key] for _, key, spec in self.stored()}
+        self.fields = {as_text(as_dict(spec.get("arg")).get("name")): spec[key] for _, key, spec in self.stored()}
         """Name of a value → name of the tensor."""
+        self._check()
+        assert isinstance(module, dict)
+        module["graph"], module["signature"] = self.graph, self.signature
+        self.names = {*self.metas, *(as_text(node.get("name")) for node in self.nodes)}
+        self.names.update(name for entry in self.inputs for name in _names(entry))
         self._tensors = {name for config in self.configs for name in config} | set(self.fields.values())
         self._paths = {as_text(as_dict(entry).get("fqn")) for entry in as_list(parts.get("module_call_graph"))}
+
+    def _check(self) -> None:
+        """Raise InputError where a part that is going to change is not what torch writes."""
+        dicts = [self.record.get("graph_module"), self.metas, *self.configs, *self.specs, *self.nodes]
+        dicts += [entry for config in self.configs if isinstance(config, dict) for entry in config.values()]
+        lists = [part for node in self.nodes for part in (as_dict(node).get("inputs"), as_dict(node).get("outputs"))]
+        lists += [self.graph.get("outputs"), self.signature.get("output_specs")]
+        dicts += [entry for node in self.nodes for entry in as_list(as_dict(node).get("inputs"))]
+        own = [name for entry in self.inputs for name in _names(entry)]
+        sound = all(isinstance(part, dict) for part in dicts) and all(isinstance(part, list) for part in lists)
+        stored = set(self.fields)
+        if not sound or len(self.inputs) != len(self.specs) or len(set(own)) != len(own) or not stored <= set(own):
+            raise InputError("the graph of the program does not fit its signature", DAMAGED)
+        texts = [as_dict(node).get("target") for node in self.nodes]
+        texts += [as_dict(entry).get("name") for node in self.nodes for entry in as_list(as_dict(node).get("inputs"))]
+        if not all(isinstance(text, str) for text in texts):
+            raise InputError("a node of the graph has no operator, or an argument no name", DAMAGED)
 
     def stored(self) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
         """The inputs that are stored tensors."""
@@ -228,7 +245,7 @@ class ExportProgram:
                 continue
             kept.append(node)
             used |= set(_names([entry.get("arg") for entry in node["inputs"]]))
-        self.graph["nodes"] = kept[::-1]
+        self.nodes = self.graph["nodes"] = kept[::-1]
         self.used = used
 
     def _renamed(self, argument: Any) -> Any:

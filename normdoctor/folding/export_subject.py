@@ -45,7 +45,7 @@ class ExportSubject:
         return {}
 
     def feeds(self) -> Iterator[Feed]:
-        from normdoctor.folding.module_subject import feeds_of
+        from normdoctor.folding.module_feeds import feeds_of
 
         return feeds_of(self.request, self._loaded, self._example, several=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -11,7 +12,6 @@ from numpy.typing import NDArray
 from normdoctor.flow.graph import Graph, Node, Op, Value
 from normdoctor.flow.plan import FoldPlan, NewInput, Outcome, Verdict
 from normdoctor.folding.records import FoldRow, Overflow
-from normdoctor.layers import ArrayRef
 from normdoctor.readers.arrays import decode, encode
 
 FP16_LARGEST = 65504.0
@@ -26,6 +26,7 @@ class Size:
 
     elements: int
     dtype: str
+    copied: bool
 
 
 class WatchedPlan(FoldPlan):
@@ -38,7 +39,6 @@ class WatchedPlan(FoldPlan):
 
     def forget(self) -> None:
         self.sizes: dict[tuple[Node, int], Size] = {}
-        self.copies: list[str] = []
         self.overflows: list[Overflow] = []
         self.broken: dict[Node, str] = {}
         """Nodes with a weight that its own type cannot hold, and the sentence on it."""
@@ -60,9 +60,7 @@ class WatchedPlan(FoldPlan):
             self.broken[node] = f"what {node.label} would add or multiply by is beyond what {dtype} holds"
 
     def _look_at(self, new: NewInput) -> None:
-        self.sizes[new.node, new.slot] = Size(new.values.size, new.dtype)
-        if new.copied and new.node.label not in self.copies:
-            self.copies.append(new.node.label)
+        self.sizes[new.node, new.slot] = Size(new.values.size, new.dtype, new.copied)
         if not new.values.size:
             return
         extremes = np.array([new.values.min(), new.values.max()])
@@ -167,49 +165,85 @@ def _without_repetition(found: Iterable[str]) -> Iterator[str]:
 # counts
 
 
-@dataclass
-class _Dying:
-    """Which values and nodes nobody uses any more once some uses are dropped."""
+@dataclass(frozen=True)
+class Tally:
+    """What a plan comes to in numbers."""
 
-    dropped: set[tuple[Node, int]] = field(default_factory=set)
-    nodes: set[Node] = field(default_factory=set)
-    values: set[Value] = field(default_factory=set)
-
-    def drop(self, uses: Iterable[tuple[Node, int]]) -> None:
-        pending = list(uses)
-        while pending:
-            node, slot = pending.pop()
-            value = node.given(slot)
-            if value is None or (node, slot) in self.dropped:
-                continue
-            self.dropped.add((node, slot))
-            if value.is_output or not all((use.node, use.slot) in self.dropped for use in value.uses):
-                continue
-            self.values.add(value)
-            maker = value.producer
-            if maker is not None and maker not in self.nodes and all(y in self.values for y in maker.outputs):
-                self.nodes.add(maker)
-                pending += [(maker, place) for place in range(len(maker.inputs))]
+    parameters: tuple[int, int]
+    """Stored numbers, before and after."""
+    nodes: tuple[int, int]
+    """Operators, before and after."""
+    copies: tuple[str, ...]
+    """Nodes that get a copy of a weight which somebody else goes on using."""
 
 
-def count(graph: Graph, plan: WatchedPlan) -> tuple[tuple[int, int], tuple[int, int]]:
-    """((stored numbers before, after), (operators before, after)); the new inputs must have been looked at."""
-    dying = _Dying()
+def tally(graph: Graph, plan: WatchedPlan) -> Tally:
+    """The counts of a plan whose new inputs have been looked at."""
+    dying = _Dying(graph)
     dying.drop((node, slot) for node, slot in plan.sizes if node.given(slot) is not None)
     for node, data in plan.bypassed.items():
         dying.drop((node, slot) for slot in range(len(node.inputs)) if slot != data)
     for node in plan.decomposed:
         dying.drop((node, slot) for slot in range(1, len(node.inputs)))
     before = _stored(value for node in graph.nodes for value in (*node.inputs, *node.outputs))
-    gone = {key: size for key, size in before.items() if all(value in dying.values for value in size.values)}
+    total = sum(entry.elements for entry in before.values())
+    gone = sum(entry.elements for entry in before.values() if dying.values.issuperset(entry.values))
     added = sum(size.elements for size in plan.sizes.values())
     added += sum(array.size for array in plan.appended.values())
     added += sum(scale.size + shift.size for scale, shift in plan.decomposed.values())
-    total = sum(entry.elements for entry in before.values())
-    left = total - sum(entry.elements for entry in gone.values()) + added
-    operators = [node for node in graph.nodes if node.op is not Op.CONSTANT]
-    remaining = sum(node not in dying.nodes and node not in plan.bypassed for node in operators)
-    return (total, left), (len(operators), remaining + len(plan.appended) + len(plan.decomposed))
+    operators = [node for node in graph.nodes if node.op is not Op.CONSTANT and not _is_sink(node)]
+    left = sum(node not in dying.nodes and node not in plan.bypassed for node in operators)
+    copies = (node.label for (node, slot), size in plan.sizes.items() if size.copied and dying.spares(node.given(slot)))
+    return Tally(
+        (total, total - gone + added),
+        (len(operators), left + len(plan.appended) + len(plan.decomposed)),
+        tuple(dict.fromkeys(copies)),
+    )
+
+
+def _is_sink(node: Node) -> bool:
+    """Whether the node only stands for a part of another one: what uses its shapes and limits."""
+    return node.op is Op.OTHER and not any(y.name or y.uses or y.is_output for y in node.outputs) and bool(node.outputs)
+
+
+class _Dying:
+    """Which values and nodes nobody uses any more once some uses are dropped."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.nodes: set[Node] = set()
+        self.values: set[Value] = set()
+        self._dropped: set[tuple[Node, int]] = set()
+        self._sinks: dict[object, list[Node]] = {}
+        for node in filter(_is_sink, graph.nodes):
+            self._sinks.setdefault(_place(node), []).append(node)
+
+    def spares(self, value: Value | None) -> bool:
+        """Whether somebody goes on using it."""
+        return value is not None and value not in self.values
+
+    def drop(self, uses: Iterable[tuple[Node, int]]) -> None:
+        pending = list(uses)
+        while pending:
+            node, slot = pending.pop()
+            value = node.given(slot)
+            if value is None or (node, slot) in self._dropped:
+                continue
+            self._dropped.add((node, slot))
+            if value.is_output or not all((use.node, use.slot) in self._dropped for use in value.uses):
+                continue
+            self.values.add(value)
+            maker = value.producer
+            if maker is None or maker in self.nodes or not self.values.issuperset(maker.outputs):
+                continue
+            for dead in (maker, *self._sinks.get(_place(maker), ())):
+                self.nodes.add(dead)
+                pending += [(dead, place) for place in range(len(dead.inputs))]
+
+
+def _place(node: Node) -> object:
+    """What all nodes have in common that stand for one operator of the file."""
+    step = getattr(node.site, "step", None)
+    return id(node) if step is None else (id(step.scope), id(step.node))
 
 
 @dataclass
@@ -223,13 +257,6 @@ def _stored(values: Iterable[Value | None]) -> dict[object, _Stored]:
     found: dict[object, _Stored] = {}
     for value in dict.fromkeys(values):
         if value is not None and value.array is not None and "float" in value.array.dtype:
-            entry = found.setdefault(value.array.identity, _Stored(_elements(value.array)))
+            entry = found.setdefault(value.array.identity, _Stored(math.prod(value.array.shape)))
             entry.values.append(value)
     return found
-
-
-def _elements(array: ArrayRef) -> int:
-    total = 1
-    for length in array.shape:
-        total *= length
-    return total

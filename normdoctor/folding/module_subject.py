@@ -12,11 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normdoctor.errors import RefusedError
 from normdoctor.exporting.onnx_names import ONE_BATCH
 from normdoctor.flow.graph import Graph, Node
 from normdoctor.flow.plan import FoldPlan
-from normdoctor.folding.data import Wanted, load_data
+from normdoctor.folding.module_feeds import feeds_of
 from normdoctor.folding.opening import Request
 from normdoctor.folding.subjects import Feed, Subject
 from normdoctor.folding.verify import Runnable, Running
@@ -81,35 +80,6 @@ class ModuleSubject:
         return Runner(replace(self.loaded, model=built))
 
 
-def feeds_of(request: Request, loaded: Loaded, example: Example, *, several: bool) -> Iterator[Feed]:
-    """What the proof runs on: --data, the caller's own example, or random numbers of the shapes given.
-
-    several: first with at least two samples, since a fold over the batch would not show in one."""
-    from normdoctor.folding.with_torch import named_tensors, with_arrays
-    from normdoctor.models.with_torch import make_example
-
-    if request.data is not None:
-        named = list(named_tensors(loaded, example))
-        wanted = [
-            Wanted(name, (None,) * tensor.ndim, str(tensor.dtype).removeprefix("torch.")) for name, _, tensor in named
-        ]
-        arrays = load_data(request.data, wanted)
-        yield Feed(with_arrays(example, {name: place for name, place, _ in named}, arrays), str(request.data))
-        return
-    if request.example_inputs is not None:
-        yield Feed(example, "the example inputs given")
-    elif not request.specs:
-        yield Feed(example, "the example inputs in the file")
-    else:
-        specs = request.specs
-        lengths = {spec.shape[0] for spec in specs if spec.shape}
-        if several and lengths == {1}:
-            pairs = [replace(spec, shape=(2, *spec.shape[1:])) if spec.shape else spec for spec in specs]
-            doubled = make_example(loaded, pairs, seed=request.seed)
-            yield Feed(doubled, f"random numbers of seed {request.seed}: {doubled}")
-        yield Feed(example, f"random numbers of seed {request.seed}: {example}")
-
-
 def load_model(request: Request) -> tuple[Loaded, Example]:
     """The model and its example inputs. Raises what `open_model` and `make_example` raise."""
     from normdoctor.models.with_torch import example_of, make_example, open_model, take
@@ -140,10 +110,10 @@ def open_module(request: Request) -> Iterator[Subject]:
             yield subject
         return
     if loaded.kind is Kind.SCRIPT:
-        raise RefusedError(
-            f"{request.source}: TorchScript keeps its code and its weights in a form that only torch's compiler writes",
-            f"Fold it on its way to ONNX: normdoctor fold {request.source} --export onnx --input-shape ...",
-        )
+        from normdoctor.folding.script_subject import open_script
+
+        yield open_script(request, loaded, example)
+        return
     traced = trace(loaded, example)
     built = request.arch is not None
     form = f"PyTorch module ({request.arch})" if built else "PyTorch module"

@@ -150,6 +150,6 @@ class Folding:
     format: str
     report: FoldReport
     path: Path | None = None
-    """The folded file; None for a live module and for a dry run."""
+    """The folded file; None for a dry run, and for a live module unless an output was named."""
     module: Any = None
     """The folded module, where a live one was given; the original is as it was."""

@@ -350,6 +350,18 @@ def named_inputs(loaded: Loaded, example: Example) -> dict[str, Any]:
     return {**found, **example.kwargs}
 
 
+def in_order(loaded: Loaded, example: Example) -> list[Any]:
+    """All arguments by place, those that are not given with their defaults, as far as something is given."""
+    names = [name for name in parameters_of(loaded) if not name.startswith("*")][len(example.args) :]
+    defaults: dict[str, Any] = {}
+    if loaded.kind is Kind.SCRIPT:
+        defaults = {argument.name: argument.default_value for argument in loaded.model.forward.schema.arguments}
+    values = [*example.args, *(example.kwargs.get(name, defaults.get(name)) for name in names)]
+    while loaded.kind is not Kind.SCRIPT and values and values[-1] is None:
+        values.pop()
+    return values
+
+
 # running
 
 

@@ -7,7 +7,19 @@ from collections.abc import Iterable
 
 from normdoctor.flow.graph import Node, Op, Value
 from normdoctor.readers.arrays import FLOAT_TYPES
-from normdoctor.readers.aten_calls import PART, Call, Translator, axes, is_stored, literal, node, part, promoted, rank
+from normdoctor.readers.aten_calls import (
+    PART,
+    Call,
+    Translator,
+    axes,
+    is_stored,
+    known,
+    literal,
+    node,
+    part,
+    promoted,
+    rank,
+)
 
 Nodes = list[Node] | None
 
@@ -33,6 +45,8 @@ def _convolution(call: Call) -> Nodes:
     groups = call.integer("groups", 1)
     if transposed is None or groups is None or groups < 1:
         return None
+    if (known(weight, 0) or groups) % groups or not _is_bias(bias, None):
+        return None
     slots = ("input", "weight", "bias")
     kernel = weight.shape[2:]
     if transposed:
@@ -46,6 +60,13 @@ def _convolution(call: Call) -> Nodes:
     return [node(call, Op.CONV, [x, weight, bias], slots, groups=groups, padded=padded)]
 
 
+def _is_bias(bias: Value | None, length: int | None) -> bool:
+    """Whether it has one number per channel, where it is given."""
+    if bias is None or bias.shape is None:
+        return True
+    return len(bias.shape) == 1 and (length is None or bias.shape[0] == length)
+
+
 def _any(call: Call, name: str) -> bool:
     """Whether any of the numbers is not zero."""
     found = call.lengths(name, [0])
@@ -54,7 +75,9 @@ def _any(call: Call, name: str) -> bool:
 
 def _linear(call: Call) -> Nodes:
     x, weight, bias = call.value("input"), call.value("weight"), call.value("bias")
-    if x is None or rank(weight) != 2 or not rank(x) or not _alike(x, weight, bias):
+    if x is None or weight is None or rank(weight) != 2 or not rank(x) or not _alike(x, weight, bias):
+        return None
+    if not _is_bias(bias, known(weight, 0)):
         return None
     slots = ("input", "weight", "bias")
     return [node(call, Op.MATMUL, [x, weight, bias], slots, transpose_b=True, takes_bias=True)]
@@ -99,6 +122,9 @@ def _batch_norm(call: Call) -> Nodes:
         if training is not False or None in values[3:]:
             return _other_norm(call)
     if values[0] is None or eps is None or training is None or (rank(values[0]) or 0) < 2:
+        return None
+    channels = known(values[0], 1)
+    if not all(_is_bias(value, channels) for value in values[1:]):
         return None
     training = training or None in values[3:]
     return [node(call, Op.BATCH_NORM, values, ROLES, eps=eps, training=training)]

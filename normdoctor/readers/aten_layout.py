@@ -91,7 +91,10 @@ def _swap(call: Call) -> Nodes:
     order: list[int | None] = list(range(count))
     if count < 2:
         return _ordered(call, order)
-    first, second = (axis(number, count) for number in numbers or (0 if call.name == "t" else -2, -1))
+    numbers = numbers or [-2, -1]
+    if len(numbers) != 2:
+        return None
+    first, second = (axis(number, count) for number in numbers)
     if first is None or second is None:
         return None
     order[first], order[second] = second, first
@@ -121,6 +124,9 @@ def _concat(call: Call) -> Nodes:
     found = [value for value in values if isinstance(value, Value)]
     plain = all(value.dtype == call.outputs[0].dtype and rank(value) == rank(call.outputs[0]) for value in found)
     if len(found) != len(values) or not plain:  # torch also takes empty tensors of one axis
+        return None
+    lengths = [known(value, place) for value in (*found, call.outputs[0])]
+    if None not in lengths and sum(length or 0 for length in lengths) != 2 * (lengths[-1] or 0):
         return None
     return [node(call, Op.CONCAT, found, ("tensors",) * len(found), axis=place)]
 

@@ -57,6 +57,13 @@ def read_flow(opened: Opened) -> ExportFlow:
 
     The body of a branch or loop stays inside its operator: what it takes is used by an operator that is not known.
     Raises InputError where a value is used before it is made, or made twice."""
+    try:
+        return _read_flow(opened)
+    except RecursionError:
+        raise InputError(f"{opened.name}: the graph is nested too deeply", DAMAGED) from None
+
+
+def _read_flow(opened: Opened) -> ExportFlow:
     module = as_dict(opened.record.get("graph_module"))
     graph, signature = as_dict(module.get("graph")), as_dict(module.get("signature"))
     values = _Values(as_dict(graph.get("tensor_values")))

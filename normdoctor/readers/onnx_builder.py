@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from numpy.typing import NDArray
+
 from normdoctor.flow.constants import Constants
 from normdoctor.flow.graph import Fixed, Graph, Node, Op, Shape, Value
 from normdoctor.layers import ArrayRef
@@ -19,6 +21,40 @@ from normdoctor.readers.onnx_shapes import Kinds
 INITIALIZERS_ARE_INPUTS = 4
 """Below this IR version every initializer must be an input of the graph as well. From it on one that is an input
 is a default: whoever runs the model may give another value, so it is no constant."""
+
+
+SAME_SHAPE = frozenset({Op.BATCH_NORM, Op.LAYER_NORM, Op.OTHER_NORM, Op.ACTIVATION, Op.IDENTITY, Op.CAST})
+"""What they give out has the shape of x, whatever the inference makes of it."""
+
+
+def whole(shape: Shape | None) -> tuple[int, ...] | None:
+    """The shape where every length is known."""
+    lengths = tuple(length for length in shape or () if isinstance(length, int))
+    return lengths if shape is not None and len(lengths) == len(shape) else None
+
+
+def better(told: Shape | None, found: Shape | None) -> Shape | None:
+    """A shape that inference told, with what else was found out of it: lengths first, then names."""
+    if told is None or found is None or len(told) != len(found):
+        return told or found
+    return tuple(b if not isinstance(a, int) and b is not None else a for a, b in zip(told, found, strict=True))
+
+
+def rank_of(value: Value | None) -> int | None:
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+def positive(axis: int, rank: int | None) -> int | None:
+    """The axis counted from the front; None where that takes a rank nobody knows, or there is no such axis."""
+    if axis < 0:
+        axis = -1 if rank is None else axis + rank
+    return axis if axis >= 0 and (rank is None or axis < rank) else None
+
+
+def positive_axes(axes: Sequence[int], rank: int | None) -> tuple[int, ...] | None:
+    placed = [positive(axis, rank) for axis in axes]
+    known = tuple(axis for axis in placed if axis is not None)
+    return known if len(known) == len(placed) == len(set(known)) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +82,8 @@ class Builder:
         self.program = program
         self.kinds = kinds
         self.graph = Graph()
+        self.pieces: dict[Value, list[Value]] = {}
+        """Sequences that a value was cut into, and that only known places are taken from."""
         self.overridable: list[str] = []
         self._values: dict[tuple[int, str], Value] = {}
         self._constants = Constants()
@@ -117,13 +155,17 @@ class Builder:
         """Axes or a shape, given as the attribute `name` (old opsets) or as the input at `index`."""
         if name is not None and self.program.attribute(step, name) is not None:
             return self.program.integers(step, name, None) or []
-        value = None if index is None else self.at(step, index)
+        numbers = None if index is None else self.numbers(step, index)
+        return None if numbers is None or numbers.dtype.kind != "i" else [int(number) for number in numbers]
+
+    def numbers(self, step: Step, index: int) -> NDArray[Any] | None:
+        """A short list of numbers as the input at `index`, where they are known or can be worked out."""
+        value = self.at(step, index)
         if value is None or value.shape is None or len(value.shape) > 1 or not self._constants.knows(value):
             return None
         if not all(isinstance(length, int) and length <= SMALL for length in value.shape):
             return None
-        numbers = self._constants.array(value)
-        return [int(number) for number in numbers.reshape(-1)] if numbers.dtype.kind == "i" else None
+        return self._constants.array(value).reshape(-1)
 
     def is_used(self, step: Step, index: int) -> bool:
         """Whether anybody takes the node's output at `index`."""
@@ -152,6 +194,9 @@ class Builder:
         inputs, outputs: given where they are not simply those of the ONNX node and its first output.
         whole: False for one of several nodes that stand for one ONNX node; those stay as they are."""
         given = [self.at(step, index) for index in slots] if inputs is None else list(inputs)
+        made = [self.out(step, 0)] if outputs is None else list(outputs)
+        if op in SAME_SHAPE and given[0] is not None and made[0].name:
+            made[0].shape = better(made[0].shape, given[0].shape)
         function = function_of(step.scope)
         if fixed is None and function is not None:
             fixed = Fixed(
@@ -159,8 +204,7 @@ class Builder:
                 f"it stands in the local function {function[1]}, which was not inlined",
             )
         elif fixed is None and not whole:
-            fixed = Fixed("several-in-one", f"it is only a part of one {step.node.op} node")
-        made = [self.out(step, 0)] if outputs is None else list(outputs)
+            fixed = Fixed("part-of-a-call", f"it is only a part of one {step.node.op} node")
         node = Node(
             op,
             given,

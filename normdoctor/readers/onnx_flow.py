@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from normdoctor.errors import InputError
-from normdoctor.flow.graph import Graph, Node
+from normdoctor.flow.graph import Fixed, Graph, Node, Op, Use, Value
+from normdoctor.readers import onnx_moving_ops as moving
 from normdoctor.readers import onnx_plain_ops as plain
 from normdoctor.readers import onnx_weighted_ops as weighted
 from normdoctor.readers.arrays import Source
@@ -38,25 +39,29 @@ TRANSLATIONS: dict[str, Translation] = {
     **dict.fromkeys(("Max", "Min"), plain.extreme),
     **dict.fromkeys(("MaxPool", "GlobalMaxPool"), plain.max_pool),
     **dict.fromkeys(("AveragePool", "GlobalAveragePool"), plain.average_pool),
-    **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), plain.reshape),
-    **dict.fromkeys(("Resize", "Upsample"), plain.resize),
+    **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), moving.reshape),
+    **dict.fromkeys(("Resize", "Upsample"), moving.resize),
     **dict.fromkeys(("Cast", "CastLike"), plain.cast),
     **dict.fromkeys(("QuantizeLinear", "DynamicQuantizeLinear", "DequantizeLinear"), plain.quantize),
     "Clip": plain.clip,
-    "Concat": plain.concat,
-    "Split": plain.split,
-    "Slice": plain.slice_,
-    "Pad": plain.pad,
-    "Transpose": plain.transpose,
-    "Expand": plain.expand,
-    "Tile": plain.tile,
-    "DepthToSpace": plain.depth_to_space,
+    "Concat": moving.concat,
+    "Split": moving.split,
+    "SplitToSequence": moving.split_to_sequence,
+    "SequenceAt": moving.sequence_at,
+    "ReduceL2": plain.euclidean,
+    "ReduceSumSquare": plain.euclidean,
+    "Slice": moving.slice_,
+    "Pad": moving.pad,
+    "Transpose": moving.transpose,
+    "Expand": moving.expand,
+    "Tile": moving.tile,
+    "DepthToSpace": moving.depth_to_space,
     "Identity": plain.identity,
-    "Shape": plain.shape,
-    "Size": plain.count,
+    "Shape": moving.shape,
+    "Size": moving.count,
     "Constant": plain.constant,
     "ConstantOfShape": plain.fill,
-    "Gather": plain.gather,
+    "Gather": moving.gather,
 }
 
 QUANTISED = ("QLinear", "DynamicQuantize", "QGemm", "QAttention")
@@ -159,6 +164,7 @@ def read_graph(found: Survey) -> Graph:
             continue  # what it computes stands beside it
         _translate(builder, step)
     _sort(found, graph)
+    _join_slices(graph)
     _label(found, graph)
     if problem is not None:
         graph.notes.append(f"{problem}; some shapes are not known, so less can be folded")
@@ -238,6 +244,48 @@ def _sort(found: Survey, graph: Graph) -> None:
             "No runtime accepts such a model; export it again.",
         )
     graph.nodes[:] = ordered
+
+
+def _join_slices(graph: Graph) -> None:
+    """Slices that together are all of a value become one SPLIT: how torch writes chunk."""
+    joined: dict[Node, Node] = {}
+    gone: set[Node] = set()
+    for node in graph.nodes:
+        if node.op is not Op.SLICE or node in gone:
+            continue
+        takers = [use.node for use in node.x.uses if use.node.op is not Op.SHAPE]
+        if len(takers) > 1 and not node.x.is_output and _are_all(node.x, takers):
+            takers.sort(key=lambda taker: int(taker.attributes["start"]))
+            parts = [taker.y for taker in takers]
+            fixed = Fixed("several-in-one", "it stands for several Slice nodes")
+            split = Node(
+                Op.SPLIT, [node.x], parts, {"axis": node.attributes["axis"]}, "Slice", node.label, fixed, node.site
+            )
+            joined[node] = split
+            gone.update(takers)
+    for first, split in joined.items():
+        split.x.uses[:] = [use for use in split.x.uses if use.node not in gone]
+        split.x.uses.append(Use(split, 0))
+        for part in split.outputs:
+            part.producer = split
+        graph.nodes[graph.nodes.index(first)] = split
+    graph.nodes[:] = [node for node in graph.nodes if node not in gone]
+
+
+def _are_all(value: Value, takers: list[Node]) -> bool:
+    """Whether these slices cut the value into parts along one axis, without a gap and without an overlap."""
+    if any(taker.op is not Op.SLICE or taker.attributes["step"] != 1 for taker in takers):
+        return False
+    axis = takers[0].attributes["axis"]
+    if any(taker.attributes["axis"] != axis for taker in takers):
+        return False
+    reached: object = 0
+    for taker in sorted(takers, key=lambda taker: taker.attributes["start"] or 0):
+        start, end = taker.attributes["start"], taker.attributes["end"]
+        if start is None or end is None or start != reached:
+            return False
+        reached = end
+    return value.shape is not None and value.shape[axis] == reached
 
 
 def _label(found: Survey, graph: Graph) -> None:

@@ -226,7 +226,7 @@ def _name(node: Node, sites: Sites, layers: Mapping[str, NormLayer]) -> None:
     path = place_of(node).path
     if node.op in NORMS or node.op in WEIGHTED:
         stored = next((sites.recording.stored[v] for v in node.inputs if v in sites.recording.stored), None)
-        if stored is not None:
+        if stored is not None and _name_of(sites.modules.get(path), stored.tensor) is None:
             path = stored.name.rpartition(".")[0]
         node.layer = layers.get(path)
     node.label = path or node.y.name
@@ -242,7 +242,7 @@ def _set_mode(node: Node, sites: Sites) -> None:
 def _why_fixed(node: Node, sites: Sites) -> Fixed | None:
     if node.op is Op.BATCH_NORM:
         gone = sites.replacement(node)
-        return gone if isinstance(gone, Fixed) else sites.unchangeable(node, (1, 2))
+        return gone if isinstance(gone, Fixed) else None
     if node.op in NORMS:
         return sites.unchangeable(node, [slot for slot in (1, 2) if node.given(slot) is not None])
     constants = [slot for slot, value in enumerate(node.inputs) if sites.constants.knows(value)]
@@ -287,7 +287,8 @@ def unsuitable(sites: Sites, plan: FoldPlan) -> dict[Node, Fixed]:
     for node in plan.decomposed:
         found[node] = Fixed("module-code", f"in eval mode the module is one multiplication and one addition{OFFER}")
     wrong = {node: why for node in plan.bypassed if (why := _why_not_gone(node, sites, plan)) is not None}
-    for node, slot in plan.state.replaced:
+    merged = [(node, slot) for node in plan.state.absorbed if node.op in NORMS for slot in (1, 2)]
+    for node, slot in [*plan.state.replaced, *merged]:
         why = sites.unchangeable(node, (slot,))
         if why is not None and node not in plan.bypassed:
             wrong[node] = why

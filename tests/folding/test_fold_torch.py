@@ -129,6 +129,7 @@ def test_only_the_state_dict(net: nn.Module) -> None:
 def test_a_live_module_can_be_written_too(net: nn.Module) -> None:
     result = folded_of(net, "live", output="mine.pt")
     assert result.path == Path("mine.pt") and result.path.is_file()
+    assert isinstance(result.module, nn.Module)
 
 
 def test_what_torch_would_execute_needs_trust(net: nn.Module) -> None:

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import onnx  # noqa: E402
-from fold_doubles import evaluate  # noqa: E402
-from fold_judge import count_nodes  # noqa: E402
-from fold_sheets import Sheet  # noqa: E402
-from onnx import TensorProto  # noqa: E402
+import onnx
+from fold_doubles import evaluate
+from fold_judge import count_nodes
+from fold_sheets import Sheet
+from onnx import TensorProto
 
-import normdoctor as nd  # noqa: E402
+import normdoctor as nd
 
 Shape = tuple[int, ...]
 """Channels, height, width; every batch is 2."""

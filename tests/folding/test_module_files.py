@@ -124,12 +124,6 @@ def test_code_that_decides_by_values(here: Path) -> None:
     assert "\n" not in caught.value.message and not list(here.glob("*.folded*"))
 
 
-def test_torchscript_is_sent_to_onnx(here: Path) -> None:
-    with pytest.raises(nd.RefusedError) as caught:
-        nd.fold(here / "script.pt", input_shape="1,3,8,8")
-    assert "--export onnx" in caught.value.hint
-
-
 def run_onnx(path: Path, **inputs: Any) -> list[Any]:
     import onnx
     import onnxruntime
