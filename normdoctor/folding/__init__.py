@@ -236,7 +236,7 @@ class _Job:
             except MisfitError as error:
                 failure = error
                 continue
-            found.append((reference.exact is None, reference.noise, feed, reference))
+            found.append((reference.too_slow or reference.exact is None, reference.noise, feed, reference))
             if reference.too_slow:
                 slow = feed.size
             elif reference.noise <= SOUND_NOISE:

@@ -77,14 +77,13 @@ def _read_flow(opened: Opened) -> ExportFlow:
             stored[value] = name
     kept = [value for entry in as_list(graph.get("outputs")) for value in values.inside(as_dict(entry))]
     for entry in map(as_dict, as_list(signature.get("output_specs"))):
-        for kind, spec in entry.items():
+        for spec in entry.values():
             kept += values.inside(as_dict(as_dict(spec).get("arg")))
-            if kind.endswith("_mutation"):
-                _forget_mutated(as_dict(spec), signature, values)
     nodes = [export_graph.Node(as_dict(node), _NO_GRAPH) for node in as_list(graph.get("nodes"))]
     calls = [_call(node, as_dict(record), place, values) for place, (node, record) in enumerate(_paired(nodes, graph))]
     _check_order(opened.name, outside, calls)
     flow = build(calls, dict.fromkeys(kept), outside)
+    _forget_mutated(signature, values)
     _label(flow, opened.model.layers, stored, nodes)
     _add_inner_norms(flow, opened)
     return ExportFlow(flow, opened, values.known, calls)
@@ -146,10 +145,16 @@ def stored_specs(signature: Mapping[str, Any]) -> Iterator[tuple[str, str, Mappi
                 yield kind, field, spec
 
 
-def _forget_mutated(mutation: Mapping[str, Any], signature: Mapping[str, Any], values: _Values) -> None:
-    """A buffer or parameter that every call changes is no constant."""
+def _forget_mutated(signature: Mapping[str, Any], values: _Values) -> None:
+    """A buffer or parameter that every call changes is no constant; for a norm that trains, its own statistics are."""
+    changed: set[object] = set()
+    for entry in map(as_dict, as_list(signature.get("output_specs"))):
+        for kind, spec in entry.items():
+            new = values.of(as_text(as_dict(as_dict(spec).get("arg")).get("name")))
+            if kind.endswith("_mutation") and (new.producer is None or new.producer.op is not Op.BATCH_NORM):
+                changed.update(name for name in as_dict(spec).values() if isinstance(name, str))
     for _, field, spec in stored_specs(signature):
-        if mutation.get(field) == spec[field]:
+        if spec[field] in changed:
             values.of(as_text(as_dict(spec.get("arg")).get("name"))).array = None
 
 

@@ -236,6 +236,20 @@ def test_float64_is_skipped_where_it_would_take_long_and_that_is_said() -> None:
     assert found.why_not == "a run in float64 would take about 90 s"
 
 
+def test_where_float64_takes_long_the_noise_is_estimated_by_one_rounding_of_the_inputs() -> None:
+    class Doubling(Model):
+        def run(self, inputs: Any) -> Any:
+            self.runs.append("run")
+            return {"y": inputs["x"] * 2, "n": inputs["n"]}
+
+    model = Doubling(seconds=NOISE_SECONDS + 30)
+    found = run_original(model, {"x": some(2, 3), "n": np.arange(3)})
+    assert found.exact is not None and found.too_slow and model.runs == ["run", "run"]
+    assert "estimated" in found.why_not
+    assert 2.0**-25 < found.noise < 2.0**-21
+    assert (found.exact["n"] == np.arange(3)).all()
+
+
 def test_no_float64_is_said_and_no_failure() -> None:
     found = run_original(Model(wide=CannotRunError("a cast to float32 stands in its graph")), some(2, 3))
     assert found.exact is None
