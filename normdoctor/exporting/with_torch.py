@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from torch.jit._trace import TracerWarning
 from torch.utils import _pytree
 
-from normdoctor.errors import InputError, UsageError
+from normdoctor.errors import InputError, NormDoctorError, UsageError
 from normdoctor.exporting.onnx_names import ONE_BATCH, unique_names
 from normdoctor.layers import load
 from normdoctor.models.architecture import one_line
 from normdoctor.models.inputs import Example
-from normdoctor.models.with_torch import Kind, Loaded, flatten, in_order, named_inputs, quiet, run
+from normdoctor.models.loaded import Kind, Loaded, flatten, in_order, named_inputs
+from normdoctor.models.with_torch import quiet, run
 from normdoctor.readers.live_module import LiveArray
 
 OLDEST_OPSET = 18
@@ -65,6 +66,7 @@ def export_onnx(
 
     Raises CannotRunError for inputs that do not fit, UsageError for an opset that cannot be written, InputError for
     what torch cannot export."""
+    _check_opset(opset)
     results = run(loaded, example)
     given = {name: value for name, value in named_inputs(loaded, example).items() if isinstance(value, torch.Tensor)}
     names = unique_names(given)
@@ -97,11 +99,21 @@ def export_onnx(
         for inner, training in modes.items():
             inner.training = training
     if first is None:
-        raise UsageError(f"--opset {opset}: torch {torch.__version__} cannot write it", "18 to 20 always work.")
+        raise UsageError(f"--opset {opset}: {TORCH} cannot write it", "18 to 20 always work.")
+    if isinstance(first, NormDoctorError):
+        raise first
     raise InputError(
         f"{loaded.name}: torch.onnx cannot export it ({one_line(first)})",
         "Where another opset helps, give it with --opset; else the model has operators that ONNX has not.",
     ) from first
+
+
+def _check_opset(opset: int | None) -> None:
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and opset > newest:
+        raise UsageError(f"--opset {opset}: the onnx package here knows up to {newest}", "18 to 20 always work.")
 
 
 def _flat(_: Any, given: Any, outputs: Any) -> tuple[torch.Tensor, ...]:

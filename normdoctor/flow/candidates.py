@@ -60,6 +60,8 @@ def find_candidates(graph: Graph, state: State) -> list[Candidate]:
     found: list[Candidate] = []
     taken: set[Node] = set()
     for node in graph.nodes:
+        if node in state.bypassed:
+            continue
         if node.op in (Op.BATCH_NORM, Op.OTHER_NORM, Op.LAYER_NORM):
             found.append(Candidate(node, (node,), is_gain=node.op is Op.LAYER_NORM))
         elif node not in taken and node.op in ELEMENTWISE:
@@ -84,15 +86,14 @@ def _run_from(node: Node, state: State) -> Iterator[Node]:
         axis = varying[0] if varying else axis
         yield node
         uses = state.uses(node.y)
-        if node.y.is_output or len(uses) != 1:
+        if state.leaves(node.y) or len(uses) != 1:
             return
         node = uses[0].node
 
 
 def _judge_run(run: list[Node], state: State) -> Candidate | None:
     named = next((node for node in run if node.layer is not None), None)
-    scaling = [node for node in run if node.op in SCALING and _is_vector(node, state)]
-    shifting = [node for node in run if node.op in SHIFTING and _is_vector(node, state)]
+    scaling = [node for node in run if node.op in SCALING]
     if not scaling:
         return None
     node = named or scaling[0]
@@ -105,7 +106,9 @@ def _judge_run(run: list[Node], state: State) -> Candidate | None:
     core = _core(state.source(before), state)
     if core is not None:
         return Candidate(node if core.layer is None else core, tuple(run), is_gain=True)
-    return Candidate(node, tuple(run)) if shifting else None
+    # By single numbers: a hard sigmoid, an image brought to 0..1. No norm is written like that.
+    is_norm = any(node.op in SHIFTING for node in run) and any(_is_vector(node, state) for node in run)
+    return Candidate(node, tuple(run)) if is_norm else None
 
 
 def _from_gain(run: list[Node], node: Node) -> tuple[Node, ...]:
@@ -176,10 +179,10 @@ def batch_norm_vectors(node: Node, state: State) -> tuple[Array, Array]:
     mean, var = _vector(node, 3, state), _vector(node, 4, state)
     weight, bias = _vector(node, 1, state), _vector(node, 2, state)
     assert mean is not None and var is not None
-    with np.errstate(all="ignore"):
-        scale = (1.0 if weight is None else weight) / np.sqrt(var + node.attributes["eps"])
-        shift = (0.0 if bias is None else bias) - mean * scale
     try:
+        with np.errstate(all="ignore"):
+            scale = (1.0 if weight is None else weight) / np.sqrt(var + node.attributes["eps"])
+            shift = (0.0 if bias is None else bias) - mean * scale
         scale, shift = np.broadcast_arrays(scale, shift)
     except ValueError:
         raise Blocked("wrong-axis", "its parameters have different lengths") from None

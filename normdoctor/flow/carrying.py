@@ -199,7 +199,12 @@ class _Journey:
         slot, constant = operand
         data = node.inputs[slot]
         assert data is not None
-        self._check_free(node)
+        if node.op is Op.DIVIDE and slot == 1:
+            raise Blocked("nonlinear", "it divides by the data")
+        if node.fixed is not None:
+            deed = self.back(data, _past(node, slot, constant, affine), depth + 1)
+            deed.through.insert(0, node)
+            return deed
         place = (node, 1 - slot)
         if node.op in (Op.ADD, Op.SUBTRACT):
             # scale * (x + c) + shift = scale * x + (scale * c + shift), and likewise for x - c and c - x
@@ -208,8 +213,6 @@ class _Journey:
             deed.add(self.back(data, affine.without_shift(), depth + 1))
             deed.through.insert(0, node)
             return deed
-        if node.op is Op.DIVIDE and slot == 1:
-            raise Blocked("nonlinear", "it divides by the data")
         factor = 1.0 / constant if node.op is Op.DIVIDE else constant
         whole = Affine(affine.scale * factor, affine.shift)
         try:
@@ -349,14 +352,27 @@ class _Journey:
         deed.through.insert(0, node)
         return deed
 
-    def _check_free(self, node: Node) -> None:
-        if node.fixed is not None:
-            raise Blocked(*node.fixed)
-
     def _count(self, depth: int) -> None:
         self.visits += 1
         if self.visits > MAX_VISITS or depth > MAX_DEPTH:
             raise Blocked("too-far", "no weight is near enough")
+
+
+def _past(node: Node, slot: int, constant: Array, affine: Affine) -> Affine:
+    """The map in front of an elementwise operator that does what `affine` does behind it, the constant as it is."""
+    scale, shift = affine.scale, affine.shift
+    if node.op is Op.ADD:  # scale * (x + c) + shift = (scale * x + shift + (scale - 1) * c) + c
+        past = Affine(scale, shift + (scale - 1) * constant)
+    elif node.op is Op.SUBTRACT:
+        past = Affine(scale, (shift if slot == 0 else -shift) - (scale - 1) * constant)
+    elif node.op is Op.DIVIDE:
+        past = Affine(scale, shift * constant)
+    else:
+        with np.errstate(all="ignore"):
+            past = Affine(scale, np.where(shift == 0, 0.0, shift / constant))
+    if not past.is_finite:
+        raise Blocked("not-finite", "it would divide by zero")
+    return past
 
 
 def _narrowed(affine: Affine, value: Value) -> Affine:

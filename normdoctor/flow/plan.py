@@ -12,6 +12,7 @@ from enum import Enum
 
 import numpy as np
 
+from normdoctor.errors import InputError
 from normdoctor.flow.affine import Affine, Array, Blocked
 from normdoctor.flow.candidates import OWN_STATISTICS, Candidate, affine_of, find_candidates
 from normdoctor.flow.carrying import Deed, State, carry_back, carry_forward
@@ -133,8 +134,14 @@ def weights_of(node: Node, state: State) -> Weights:
         beta = node.attributes.get("beta", 1.0)
         given = beta * given if beta else None
     weights = Weights(node, slot, np.asarray(state.constants.array(weight), dtype=np.float64), given)
-    for absorption in state.absorbed.get(node, ()):
-        weights.take(absorption)
+    try:
+        for absorption in state.absorbed.get(node, ()):
+            weights.take(absorption)
+    except ValueError as error:
+        raise InputError(
+            f"{node.label or node.written}: the shapes of its weight and bias do not fit together ({error})",
+            "No runtime accepts such a model; export it again.",
+        ) from None
     return weights
 
 
@@ -186,12 +193,11 @@ def plan_folds(
 
     Raises InputError where a constant that is needed cannot be read."""
     state = State(graph, evaluation=evaluation)
-    candidates = find_candidates(graph, state)
     planner = _Planner(state, layernorm, dict(excluded or {}))
-    planner.fold_all(candidates)
+    candidates = planner.fold_all()
     plan = FoldPlan(graph, bypassed=state.bypassed, state=state)
     for candidate in candidates:
-        outcome = planner.outcomes.get(candidate)
+        outcome = planner.outcomes.get(candidate.node)
         if outcome is None and decompose:
             outcome = planner.decompose(candidate, plan)
         if outcome is None:
@@ -241,26 +247,43 @@ class _Planner:
         self.state = state
         self.layernorm = layernorm
         self.excluded = excluded
-        self.outcomes: dict[Candidate, Outcome] = {}
-        self._reasons: dict[Candidate, dict[str, Blocked]] = {}
+        self.outcomes: dict[Node, Outcome] = {}
+        """What has folded so far."""
+        self._reasons: dict[Node, dict[str, Blocked]] = {}
 
-    def fold_all(self, candidates: list[Candidate]) -> None:
+    def fold_all(self) -> list[Candidate]:
+        """Fold until nothing folds any more; gives all candidates.
+
+        A fold may bring constants together that are one map then: they are looked for again."""
+        found: dict[Node, Candidate] = {}
+        folded = -1
+        while folded != len(self.outcomes):
+            folded = len(self.outcomes)
+            left = [each for each in find_candidates(self.state.graph, self.state) if each.node not in self.outcomes]
+            found |= {candidate.node: candidate for candidate in left}
+            self._fold(left)
+        return list(found.values())
+
+    def _fold(self, candidates: list[Candidate]) -> None:
         """Backward into weights where that can be, else forward, else into another norm; again while it helps."""
         passes = (("back", False), ("forward", False), ("forward", True), ("back", True))
+        self._reasons |= {candidate.node: {} for candidate in candidates}
         folded = -1
         while folded != len(self.outcomes):
             folded = len(self.outcomes)
             for direction, merge in passes:
                 for candidate in candidates:
-                    if candidate not in self.outcomes:
+                    if candidate.node not in self.outcomes:
                         self._try(candidate, direction, merge)
 
     def _try(self, candidate: Candidate, direction: str, merge: bool) -> None:
-        reasons = self._reasons.setdefault(candidate, {})
+        reasons = self._reasons[candidate.node]
         if candidate.is_gain and (direction == "back" or merge):
             return
         try:
             affine = self._movable(candidate)
+            if affine.is_identity and candidate.node.op is Op.LAYER_NORM:
+                raise Blocked("no-parameters", "its gain is 1 and its bias 0 already")
             if affine.is_identity and candidate.node.op is Op.LAYER_NORM:
                 raise Blocked("no-parameters", "its gain is 1 and its bias 0 already")
             if affine.is_identity:
@@ -302,7 +325,7 @@ class _Planner:
         absorbed = all(node.op in WEIGHTED for node in deed.into) and bool(deed.into)
         verdict = Verdict.BACKWARD if direction == "back" else Verdict.FORWARD
         self.state.do(deed)
-        self.outcomes[candidate] = Outcome(
+        self.outcomes[candidate.node] = Outcome(
             candidate.node,
             candidate.nodes,
             verdict if absorbed else Verdict.MERGED,
@@ -327,7 +350,7 @@ class _Planner:
 
     def left(self, candidate: Candidate) -> Outcome:
         """A norm that stays, with the reason of the direction that says more."""
-        reasons = self._reasons[candidate]
+        reasons = self._reasons[candidate.node]
         back, ahead = reasons.get("back"), reasons.get("forward")
         first = ahead if back is None or (back.code == "graph-input" and ahead is not None) else back
         assert first is not None

@@ -38,6 +38,7 @@ REASONS = {
     # What module code cannot express
     "shared-module": "The module is called several times with the same weights.",
     "shared-weight": "The weight is used at several places of the code.",
+    "read-elsewhere": "Other code reads the module's parameters, so it cannot be replaced.",
     "functional-call": "It is a function call in the code of a module.",
     "custom-module": "The module does more than to normalise, or than a stock layer does.",
     "constant-in-code": "A constant that would change is written in the code.",

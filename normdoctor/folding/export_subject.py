@@ -23,7 +23,7 @@ from normdoctor.readers.torch_export import open_program
 from normdoctor.readers.torch_pickle import ZipRecords
 
 if TYPE_CHECKING:
-    from normdoctor.models.with_torch import Loaded
+    from normdoctor.models.loaded import Loaded
 
 
 @dataclass
@@ -65,7 +65,8 @@ class ExportSubject:
 
     @cached_property
     def _example(self) -> Example:
-        from normdoctor.models.with_torch import example_of, make_example
+        from normdoctor.models.loaded import example_of
+        from normdoctor.models.with_torch import make_example
 
         if self.request.example_inputs is not None:
             return example_of(self.request.example_inputs)

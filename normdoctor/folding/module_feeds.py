@@ -12,7 +12,7 @@ from normdoctor.folding.subjects import Feed
 from normdoctor.models.inputs import Example
 
 if TYPE_CHECKING:
-    from normdoctor.models.with_torch import Loaded
+    from normdoctor.models.loaded import Loaded
 
 
 def feeds_of(request: Request, loaded: Loaded, example: Example, *, several: bool) -> Iterator[Feed]:

@@ -25,7 +25,7 @@ from normdoctor.tracing.sites import unsuitable
 if TYPE_CHECKING:
     from normdoctor.exporting.with_torch import NamedRunner
     from normdoctor.folding.with_torch import Runner
-    from normdoctor.models.with_torch import Loaded
+    from normdoctor.models.loaded import Loaded
     from normdoctor.tracing.with_torch import Trace
 
 
@@ -82,7 +82,8 @@ class ModuleSubject:
 
 def load_model(request: Request) -> tuple[Loaded, Example]:
     """The model and its example inputs. Raises what `open_model` and `make_example` raise."""
-    from normdoctor.models.with_torch import example_of, make_example, open_model, take
+    from normdoctor.models.loaded import example_of
+    from normdoctor.models.with_torch import make_example, open_model, take
 
     if request.path is None:
         loaded = take(request.model)
@@ -98,7 +99,7 @@ def load_model(request: Request) -> tuple[Loaded, Example]:
 @contextmanager
 def open_module(request: Request) -> Iterator[Subject]:
     """The model that torch makes of the file, or the ONNX file that it becomes."""
-    from normdoctor.models.with_torch import Kind
+    from normdoctor.models.loaded import Kind
     from normdoctor.tracing.with_torch import trace
 
     loaded, example = load_model(request)

@@ -40,7 +40,7 @@ class Layout:
 
     def pieces(self) -> list[Piece]:
         """The model. External data stays external; a model too large for one message gets some."""
-        external = any(tensor.is_external for tensor in self.kept)
+        external = any(tensor.is_external for tensor in (*self.kept, *self._stored()))
         made = self._edits(external, everything=False).pieces()
         if not external and length_of(made) > LIMIT:
             made = self._edits(True, everything=True).pieces()
@@ -49,7 +49,8 @@ class Layout:
     def _edits(self, external: bool, everything: bool) -> Edits:
         edits = Edits(self.document.source, self.wire.root)
         if external:
-            here = {file.path.resolve() for file in self.tensors.files}
+            locations = {tensor.external.get("location", "") for tensor in (*self.kept, *self._stored())} - {""}
+            here = {self.tensors.locate(location).resolve() for location in locations}
             self.data = DataFile(free_data_name(self.output, {self.output.resolve(), *here}).name)
             for tensor in self.kept:
                 self._move(edits, self.data, tensor, everything)
@@ -58,6 +59,11 @@ class Layout:
         return edits
 
     # tensors that stay
+
+    def _stored(self) -> Iterator[Tensor]:
+        """The initializers of the original, also those that go: where they were says where new ones belong."""
+        for frame in self.surgery.frames:
+            yield from frame.graph.tensors.values()
 
     def _kept_tensors(self) -> Iterator[Tensor]:
         surgery = self.surgery

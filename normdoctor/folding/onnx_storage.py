@@ -44,9 +44,8 @@ class NewTensor:
     in_place_of: Tensor | None = None
     """The stored tensor whose name and place in the file it gets."""
     extent: Extent | None = None
-    """Where the bytes of a large one wait."""
+    """Where its bytes wait, where that is not `data`."""
     data: bytes = b""
-    """The bytes of a small one."""
 
     @property
     def data_type(self) -> int:

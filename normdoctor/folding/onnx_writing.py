@@ -1,7 +1,7 @@
 """A folded ONNX file, written whole or not at all; the input and what is beside it are only read.
 
-The new weights are computed one at a time and wait in a file beside the output, so the memory is that of the
-largest one.
+The new weights are computed one at a time. Those of a large model wait in a file beside the output, so that the
+memory has a bound.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from normdoctor.errors import RefusedError
 from normdoctor.flow.plan import FoldPlan
 from normdoctor.folding.onnx_edits import Surgery
 from normdoctor.folding.onnx_layout import Layout
-from normdoctor.folding.onnx_storage import KEPT_INSIDE, NewTensor
+from normdoctor.folding.onnx_storage import NewTensor
 from normdoctor.readers.arrays import Source, encode
 from normdoctor.readers.onnx_flow import Flow
 from normdoctor.readers.onnx_splices import Extent, copy
 from normdoctor.writing import replacing
+
+HELD = 1 << 28
+"""Bytes of new weights that wait in memory; further ones wait in a file."""
 
 
 @dataclass(frozen=True)
@@ -65,24 +68,22 @@ def write_folded(flow: Flow, plan: FoldPlan, output: Path) -> Written:
 
 
 def _compute(surgery: Surgery, plan: FoldPlan, spool: BinaryIO) -> Iterator[tuple[NewTensor, int, int]]:
-    """Every new tensor whose bytes went to `spool`, and where they are there; small ones keep theirs."""
+    """Every new tensor whose bytes went to `spool`, and where they are there; the others hold theirs."""
+    held = 0
+    for tensor, values in _new_tensors(surgery, plan):
+        data = encode(np.ravel(values), tensor.dtype)  # rounded once, from float64
+        if held + len(data) <= HELD:
+            held += len(data)
+            tensor.data = data
+        else:
+            spool.write(data)
+            yield tensor, spool.tell() - len(data), spool.tell()
+
+
+def _new_tensors(surgery: Surgery, plan: FoldPlan) -> Iterator[tuple[NewTensor, NDArray[np.float64]]]:
     for new in plan.new_inputs():
-        tensor = surgery.give(new.node, new.slot, new.values.shape, new.dtype)
-        if _store(tensor, new.values, spool):
-            yield tensor, spool.tell() - tensor.nbytes, spool.tell()
-    for tensor, values in surgery.given_values:
-        if _store(tensor, values, spool):
-            yield tensor, spool.tell() - tensor.nbytes, spool.tell()
-
-
-def _store(tensor: NewTensor, values: NDArray[np.float64], spool: BinaryIO) -> bool:
-    """Round the values once to their own type. Whether the spool has them."""
-    data = encode(np.ravel(values), tensor.dtype)
-    if len(data) <= KEPT_INSIDE:
-        tensor.data = data
-        return False
-    spool.write(data)
-    return True
+        yield surgery.give(new.node, new.slot, new.values.shape, new.dtype), new.values
+    yield from surgery.given_values
 
 
 def _write(layout: Layout, model: Path, stack: ExitStack) -> list[Path]:
@@ -109,7 +110,9 @@ def copy_unchanged(flow: Flow, output: Path) -> Written:
     with ExitStack() as stack:
         model = stack.enter_context(replacing(output))
         if output.parent.resolve() != flow.path.parent.resolve():
-            for location in sorted({tensor.external.get("location", "") for tensor in kept if tensor.is_external}):
+            locations = sorted({tensor.external.get("location", "") for tensor in kept if tensor.is_external})
+            data = {location: survey.tensors.external(location) for location in locations}
+            for location in locations:
                 target = output.parent / location
                 if target.exists():
                     raise RefusedError(
@@ -117,7 +120,7 @@ def copy_unchanged(flow: Flow, output: Path) -> Written:
                         "Choose an output in another folder.",
                     )
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(survey.tensors.locate(location), stack.enter_context(replacing(target)))
+                shutil.copyfile(data[location].path, stack.enter_context(replacing(target)))
                 files.append(target)
         shutil.copyfile(flow.path, model)
     return Written(surgery.count_nodes(), (total, total), tuple(files))

@@ -18,7 +18,7 @@ from normdoctor.readers import open_checkpoint
 
 if TYPE_CHECKING:
     from normdoctor.folding.with_torch import Runner
-    from normdoctor.models.with_torch import Loaded
+    from normdoctor.models.loaded import Loaded
     from normdoctor.torchscript.with_torch import Script
 
 

@@ -18,7 +18,8 @@ from normdoctor.flow.graph import Fixed
 from normdoctor.flow.plan import FoldPlan, NewInput
 from normdoctor.models.architecture import one_line
 from normdoctor.models.inputs import Example
-from normdoctor.models.with_torch import Loaded, copied, example_in_float64, in_float64, quiet, run
+from normdoctor.models.loaded import Loaded, parameters_of
+from normdoctor.models.with_torch import copied, device_of, example_in_float64, in_float64, quiet, run
 from normdoctor.readers.arrays import decode, encode
 from normdoctor.tracing.sites import Sites
 from normdoctor.writing import replacing
@@ -109,7 +110,7 @@ class Runner:
 
     @property
     def engine(self) -> str:
-        return f"torch {torch.__version__.partition('+')[0]} ({self.loaded.device.type})"
+        return f"torch {torch.__version__.partition('+')[0]} ({device_of(self.loaded).type})"
 
     def run(self, inputs: Example) -> Mapping[str, NDArray[Any]]:
         """Outputs by name. Raises CannotRunError."""
@@ -142,8 +143,6 @@ def with_arrays(example: Example, names: Mapping[str, int | str], arrays: Mappin
 
 def named_tensors(loaded: Loaded, example: Example) -> Iterator[tuple[str, int | str, torch.Tensor]]:
     """The tensors among the arguments: name, place or keyword, value."""
-    from normdoctor.models.with_torch import parameters_of
-
     names = [name for name in parameters_of(loaded) if not name.startswith("*")]
     for place, value in enumerate(example.args):
         if isinstance(value, torch.Tensor):

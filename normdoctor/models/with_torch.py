@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import io
 import logging
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from normdoctor.errors import (
 from normdoctor.layers import Checkpoint, Container, Danger, load
 from normdoctor.models.architecture import build, make_importable, one_line, users_code
 from normdoctor.models.inputs import Example, InputSpec
+from normdoctor.models.loaded import Kind, Loaded, flatten, parameters_of
 from normdoctor.models.state import Wanted, choose, match, tensors_of
 from normdoctor.readers import open_checkpoint
 from normdoctor.readers.live_module import LiveArray
@@ -43,41 +42,14 @@ SEED = 0
 """Of random inputs, and of what a model draws itself while it runs."""
 
 
-class Kind(Enum):
-    """What torch made of a file; the value is how messages name it."""
-
-    MODULE = "module"
-    PROGRAM = "exported program"
-    SCRIPT = "TorchScript module"
+def dtype_of(loaded: Loaded) -> torch.dtype:
+    """The float type of the first weight that has one."""
+    found = (tensor.dtype for tensor in _tensors(loaded.model) if tensor.is_floating_point())
+    return next(found, torch.get_default_dtype())
 
 
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """A model that torch can run, ours alone: nobody else sees what is done to it."""
-
-    kind: Kind
-    model: Any
-    """nn.Module, torch.export.ExportedProgram or torch.jit.ScriptModule."""
-    name: str
-    """For messages: the path, or the class of a live module."""
-    evaluation: bool = False
-    """Whether it is meant for inference whatever its modules say: built by --arch, so never trained here."""
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def module(self) -> Any:
-        """What can be called."""
-        return self.model.module() if self.kind is Kind.PROGRAM else self.model
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The float type of the first weight that has one."""
-        found = (tensor.dtype for tensor in _tensors(self.model) if tensor.is_floating_point())
-        return next(found, torch.get_default_dtype())
-
-    @property
-    def device(self) -> torch.device:
-        return next((tensor.device for tensor in _tensors(self.model)), torch.device("cpu"))
+def device_of(loaded: Loaded) -> torch.device:
+    return next((tensor.device for tensor in _tensors(loaded.model)), torch.device("cpu"))
 
 
 def _tensors(model: Any) -> Iterator[torch.Tensor]:
@@ -245,7 +217,11 @@ def _build(checkpoint: Checkpoint, arch: str, arguments: str | Mapping[str, Any]
         for name, tensor in module.state_dict(keep_vars=True).items()
         if isinstance(tensor, torch.Tensor) and not nn.parameter.is_lazy(tensor)
     }
-    found, notes = match(tensors, wanted, f"--arch {arch}")
+    try:
+        found, notes = match(tensors, wanted, f"--arch {arch}")
+    except InputError as error:
+        # Of a checkpoint in several files only those are opened that may hold norms.
+        raise InputError(error.message, checkpoint.as_one_file or error.hint) from None
     values = {}
     for name, array in found.items():
         # reshape: numpy makes one element of a single number
@@ -270,19 +246,6 @@ def _retype(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
 
 
 # inputs
-
-
-def parameters_of(loaded: Loaded) -> list[str]:
-    """The names of the arguments of forward, as far as they can be told; *args and **kwargs with their stars."""
-    if loaded.kind is Kind.SCRIPT:
-        return [argument.name for argument in loaded.model.forward.schema.arguments[1:]]
-    forward = getattr(loaded.module, "forward", loaded.module)
-    try:
-        found = inspect.signature(forward).parameters.values()
-    except (TypeError, ValueError):
-        return []
-    stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
-    return [stars.get(parameter.kind.name, "") + parameter.name for parameter in found]
 
 
 def make_example(loaded: Loaded, specs: Sequence[InputSpec], *, seed: int = SEED) -> Example:
@@ -324,42 +287,14 @@ def _embedding_sizes(model: Any) -> Iterator[int]:
 
 
 def _random(spec: InputSpec, loaded: Loaded, generator: torch.Generator, high: int) -> torch.Tensor:
-    dtype = loaded.dtype if spec.dtype is None else getattr(torch, spec.dtype)
+    dtype = dtype_of(loaded) if spec.dtype is None else getattr(torch, spec.dtype)
     if dtype is torch.bool:
         value = torch.rand(spec.shape, generator=generator) < 0.5
     elif dtype.is_floating_point or dtype.is_complex:
         value = torch.randn(spec.shape, generator=generator)
     else:
         value = torch.randint(0, min(high, 100), spec.shape, generator=generator)
-    return value.to(dtype).to(loaded.device)
-
-
-def example_of(value: Any) -> Example:
-    """The example inputs as a caller gives them: a tensor, a tuple of arguments, a dictionary of named ones."""
-    if isinstance(value, Example):
-        return value
-    if isinstance(value, Mapping):
-        return Example((), dict(value))
-    return Example(tuple(value) if isinstance(value, (list, tuple)) else (value,), {})
-
-
-def named_inputs(loaded: Loaded, example: Example) -> dict[str, Any]:
-    """The arguments by the names of forward's; those that it does not name by their place."""
-    names = [name for name in parameters_of(loaded) if not name.startswith("*")]
-    found = {names[i] if i < len(names) else f"input_{i}": value for i, value in enumerate(example.args)}
-    return {**found, **example.kwargs}
-
-
-def in_order(loaded: Loaded, example: Example) -> list[Any]:
-    """All arguments by place, those that are not given with their defaults, as far as something is given."""
-    names = [name for name in parameters_of(loaded) if not name.startswith("*")][len(example.args) :]
-    defaults: dict[str, Any] = {}
-    if loaded.kind is Kind.SCRIPT:
-        defaults = {argument.name: argument.default_value for argument in loaded.model.forward.schema.arguments}
-    values = [*example.args, *(example.kwargs.get(name, defaults.get(name)) for name in names)]
-    while loaded.kind is not Kind.SCRIPT and values and values[-1] is None:
-        values.pop()
-    return values
+    return value.to(dtype).to(device_of(loaded))
 
 
 # running
@@ -388,7 +323,7 @@ def run(loaded: Loaded, example: Example) -> dict[str, NDArray[Any]]:
     Raises CannotRunError for inputs that do not fit and for operators that do not run here."""
     module = loaded.module
     modes = {inner: inner.training for inner in module.modules()} if loaded.kind is Kind.MODULE else {}
-    devices = [loaded.device] if loaded.device.type == "cuda" else []
+    devices = [device_of(loaded)] if device_of(loaded).type == "cuda" else []
     try:
         with contextlib.suppress(NotImplementedError):  # an exported program has its modes in the graph
             module.eval()
@@ -417,22 +352,6 @@ def _cannot_run(loaded: Loaded, example: Example, error: BaseException) -> NormD
         f"{loaded.name}: cannot be run on {example} ({text})",
         f"Check --input-shape against what the model expects{f'; it takes ({takes})' if takes else ''}.",
     )
-
-
-def flatten(outputs: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in nested outputs with its name: output for a single one, output.0 in a tuple, keys of a dict."""
-    if isinstance(outputs, torch.Tensor):
-        yield name or "output", outputs
-    elif isinstance(outputs, Mapping):
-        for key, value in outputs.items():
-            yield from flatten(value, f"{name}.{key}" if name else str(key))
-    elif is_dataclass(outputs) and not isinstance(outputs, type):
-        for entry in fields(outputs):
-            yield from flatten(getattr(outputs, entry.name), f"{name}.{entry.name}" if name else entry.name)
-    elif isinstance(outputs, (list, tuple)):
-        keys = getattr(outputs, "_fields", range(len(outputs)))
-        for key, value in zip(keys, outputs, strict=True):
-            yield from flatten(value, f"{name or 'output'}.{key}")
 
 
 def in_float64(loaded: Loaded) -> Loaded:

@@ -27,7 +27,7 @@ def is_state_dict(target: object) -> bool:
     return (
         isinstance(target, Mapping)
         and all(isinstance(name, str) for name in target)
-        and any(map(_is_tensor, target.values()))
+        and any(map(is_tensor, target.values()))
     )
 
 
@@ -46,7 +46,7 @@ def read(module: Any) -> Checkpoint:
 
 def read_state_dict(state: Mapping[str, Any]) -> Checkpoint:
     """The norm layers of a state_dict in memory. What lies a level deeper in it is not read, and noted."""
-    tensors = {name: LiveArray(value) for name, value in state.items() if _is_tensor(value) and not _is_lazy(value)}
+    tensors = {name: LiveArray(value) for name, value in state.items() if is_tensor(value) and not _is_lazy(value)}
     model = read_names(tensors)
     inside = [name for name, value in state.items() if isinstance(value, Mapping)]
     why = None if model.layers else why_no_norms(tensors)
@@ -64,7 +64,8 @@ def read_state_dict(state: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def _is_tensor(value: object) -> bool:
+def is_tensor(value: object) -> bool:
+    """Whether `value` is a torch.Tensor, told without importing torch."""
     return any(base.__module__ == "torch" and base.__name__ == "Tensor" for base in type(value).__mro__)
 
 

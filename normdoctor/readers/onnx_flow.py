@@ -111,12 +111,15 @@ def open_flow(path: Path) -> Iterator[Flow]:
             with second.checkpoint:
                 graph = read_graph(second)
                 names = tuple(sorted({key[1] for key in functions}))
-                graph.notes.append(
-                    f"{len(names)} local functions with norms in them are inlined where a norm is folded: "
-                    + ", ".join(names[:5])
-                    + (", ..." if len(names) > 5 else "")
-                )
+                graph.notes.append(_note_on_inlining(names))
                 yield Flow(path, second, graph, names)
+
+
+def _note_on_inlining(names: tuple[str, ...]) -> str:
+    which = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    if len(names) == 1:
+        return f"the local function {which}, which has norms or weights in it, is inlined where a norm is folded"
+    return f"{len(names)} local functions with norms or weights in them are inlined where a norm is folded: {which}"
 
 
 def _to_inline(found: Survey) -> set[FunctionKey]:
@@ -257,7 +260,7 @@ def _join_slices(graph: Graph) -> None:
         if len(takers) > 1 and not node.x.is_output and _are_all(node.x, takers):
             takers.sort(key=lambda taker: int(taker.attributes["start"]))
             parts = [taker.y for taker in takers]
-            fixed = Fixed("several-in-one", "it stands for several Slice nodes")
+            fixed = Fixed("part-of-a-call", "it stands for several Slice nodes")
             split = Node(
                 Op.SPLIT, [node.x], parts, {"axis": node.attributes["axis"]}, "Slice", node.label, fixed, node.site
             )

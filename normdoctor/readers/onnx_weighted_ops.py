@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from normdoctor.flow.graph import Fixed, Op
-from normdoctor.readers.onnx_builder import Builder
+from normdoctor.readers.onnx_builder import Builder, whole
 from normdoctor.readers.onnx_graph import Step
 from normdoctor.readers.onnx_operators import operator_of, trains
 
@@ -14,25 +14,28 @@ FLOATS = ("float", "bfloat")
 
 
 def _kernel(b: Builder, step: Step) -> tuple[int, ...] | None:
-    """Lengths of the kernel; also makes known how many axes what flows in and out has."""
-    weight = b.at(step, 1)
-    if weight is None or weight.shape is None or len(weight.shape) < 3:
-        return None
-    kernel = tuple(length for length in weight.shape[2:] if isinstance(length, int))
-    if len(kernel) != len(weight.shape) - 2:
-        return None
+    """Lengths of the kernel, None where the weights do not fit the data, the groups or the bias.
+
+    Also makes known how many axes what flows in and out has."""
+    weight, x, bias = b.at(step, 1), b.at(step, 0), b.at(step, 2)
+    shape = None if weight is None else whole(weight.shape)
     groups = b.program.integer(step, "group", 1)
-    first, second = weight.shape[:2]
+    if shape is None or len(shape) < 3 or min(*shape, groups) < 1 or shape[0] % groups or x is None:
+        return None
     transposed = step.node.op == "ConvTranspose"
-    inner, outer = (first, second) if transposed else (second, first)
-    for value, channels, times in (
-        (b.at(step, 0), inner, 1 if transposed else groups),
-        (b.out(step, 0), outer, groups if transposed else 1),
-    ):
-        if value is not None and value.shape is None:
-            known = channels * times if isinstance(channels, int) else None
-            value.shape = (None, known, *[None] * len(kernel))
-    return kernel
+    inputs, outputs = (shape[0], shape[1] * groups) if transposed else (shape[1] * groups, shape[0])
+    if bias is not None and whole(bias.shape) not in (None, (outputs,)):
+        return None
+    y = b.out(step, 0)
+    for value, channels in ((x, inputs), (y, outputs)):
+        value.shape = value.shape or (None, channels, *[None] * (len(shape) - 2))
+        if len(value.shape) != len(shape) or (value.shape[1] not in (channels, None) and _is_length(value.shape[1])):
+            return None
+    return shape[2:]
+
+
+def _is_length(length: int | str | None) -> bool:
+    return isinstance(length, int)
 
 
 def convolution(b: Builder, step: Step) -> bool:
@@ -75,11 +78,26 @@ def matmul(b: Builder, step: Step) -> bool:
     return True
 
 
+def _fits_product(b: Builder, step: Step) -> bool:
+    """Whether A and B are matrices, and C broadcasts to their product, for all that is known."""
+    turned = b.program.integer(step, "transB", 0) != 0
+    second, third = b.at(step, 1), b.at(step, 2)
+    known = None if second is None else whole(second.shape)
+    if known is not None and len(known) != 2:
+        return False
+    added = None if third is None else whole(third.shape)
+    if added is None or known is None:
+        return True
+    return len(added) <= 2 and (not added or added[-1] in (1, known[0 if turned else 1]))
+
+
 def gemm(b: Builder, step: Step) -> bool:
     program = b.program
     if not _computes_in_floats(b, step):
         return False
     if step.scope.opset < NUMPY_BROADCASTING and not program.integer(step, "broadcast", 0):
+        return False
+    if not _fits_product(b, step):
         return False
     b.add(
         step,
@@ -98,8 +116,18 @@ def gemm(b: Builder, step: Step) -> bool:
 
 def batch_norm(b: Builder, step: Step) -> bool:
     program = b.program
-    if step.scope.opset < 9 and not program.integer(step, "spatial", 1):
-        # Statistics per channel and place.
+    shapes = {whole(value.shape) for value in (b.at(step, index) for index in range(1, 5)) if value is not None}
+    known = shapes - {None}
+    x = b.at(step, 0)
+    channels = x.shape[1] if x is not None and x.shape is not None and len(x.shape) > 1 else None
+    if isinstance(channels, int):
+        known.add((channels,))
+    if (
+        (step.scope.opset < 9 and not program.integer(step, "spatial", 1))
+        or len(known) > 1
+        or any(shape is not None and len(shape) != 1 for shape in known)
+    ):
+        # Statistics per channel and place, or parameters that do not fit together.
         b.add(step, Op.OTHER_NORM, range(5))
         return True
     fixed = None

@@ -20,7 +20,8 @@ from normdoctor.flow.plan import FoldPlan
 from normdoctor.layers import NormKind, NormLayer
 from normdoctor.models.architecture import one_line
 from normdoctor.models.inputs import Example
-from normdoctor.models.with_torch import Loaded, copied, in_order, quiet, run
+from normdoctor.models.loaded import Loaded, in_order
+from normdoctor.models.with_torch import copied, device_of, quiet, run
 from normdoctor.readers.arrays import decode, encode
 from normdoctor.readers.aten import Call, Site, build
 from normdoctor.readers.live_module import LiveArray
@@ -289,7 +290,7 @@ def apply(plan: FoldPlan, script: Script) -> Any:
     frozen = _freeze(script.loaded)
     graph = frozen.graph
     nodes = list(graph.nodes())
-    device = script.loaded.device
+    device = device_of(script.loaded)
 
     def constant(node: Any, values: NDArray[np.float64], dtype: str) -> Any:
         array = decode(encode(values, dtype), dtype).reshape(values.shape)

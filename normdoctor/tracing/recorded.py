@@ -9,7 +9,7 @@ from typing import Any
 
 from normdoctor.flow.graph import Graph, Shape, Value
 from normdoctor.readers.aten import Call, build
-from normdoctor.readers.live_module import LiveArray
+from normdoctor.readers.live_module import LiveArray, is_tensor
 
 METADATA = frozenset({"sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "sym_is_contiguous"})
 """Operators that ask for the shape of a tensor, not for its values."""
@@ -97,7 +97,7 @@ class _Reader:
             made = Value(found.name, array.shape, array.dtype, array)
             self.stored[made] = found
             return made
-        if not _is_tensor(value):
+        if not is_tensor(value):
             return None
         made = _value(node.name, value)
         self.inputs[node.name] = made
@@ -164,12 +164,8 @@ class _Reader:
         return [] if found is None else [found]
 
 
-def _is_tensor(value: Any) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "dtype")
-
-
 def _value(name: str, value: Any) -> Value:
-    if not _is_tensor(value):
+    if not is_tensor(value):
         return Value(name)
     return Value(name, tuple(map(_length, value.shape)), str(value.dtype).removeprefix("torch."))
 

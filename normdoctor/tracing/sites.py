@@ -62,6 +62,10 @@ class Calls:
     count: int = 0
     plain: bool = True
     """Each time with one tensor alone, giving one tensor."""
+    inside: int = 0
+    """How many calls are under way."""
+    read: set[str] = field(default_factory=set)
+    """Attributes that the code of other modules reads, and that an Identity has not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +151,11 @@ class Sites:
         own = [inner for inner in inside if place_of(inner).path == path]
         if node not in own or not self._is_norm(own):
             return Fixed("functional-call", f"it is a function call in the code of {path} ({_class(module)}){OFFER}")
-        if not self.calls.get(id(module), Calls()).plain:
+        seen = self.calls.get(id(module), Calls())
+        if seen.read:
+            names = ", ".join(f"{path}.{name}" for name in sorted(seen.read))
+            return Fixed("read-elsewhere", f"the code reads {names}, which would be gone{OFFER}")
+        if not seen.plain:
             return Fixed("custom-module", f"{path} ({_class(module)}) takes or gives more than one tensor{OFFER}")
         children = self._children_behind(path, own[-1].y, inside[len(own) :] if inside[: len(own)] == own else None)
         if children is None:

@@ -15,7 +15,8 @@ from normdoctor.errors import InputError
 from normdoctor.flow.graph import Graph
 from normdoctor.models.architecture import one_line
 from normdoctor.models.inputs import Example
-from normdoctor.models.with_torch import Kind, Loaded, copied, flatten, quiet, run
+from normdoctor.models.loaded import Kind, Loaded, flatten
+from normdoctor.models.with_torch import copied, quiet, run
 from normdoctor.tracing.recorded import Recording, Stored, read_recording
 from normdoctor.tracing.sites import Calls, Sites, mark_sites
 
@@ -75,22 +76,49 @@ def trace(loaded: Loaded, example: Example) -> Trace:
 
 
 def _count_calls(loaded: Loaded, example: Example) -> dict[int, Calls]:
-    """Run the model and see how often and with what each of its modules is called."""
-    calls: dict[int, Calls] = {}
+    """Run the model and see how often and with what each of its modules is called, and who reads its attributes."""
+    calls = {id(module): Calls() for module in loaded.model.modules()}
 
-    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        seen = calls.setdefault(id(module), Calls())
+    def begin(module: nn.Module, *_: Any) -> None:
+        calls[id(module)].inside += 1
+
+    def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen = calls[id(module)]
+        seen.inside -= 1
         seen.count += 1
         plain = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor)
         seen.plain = seen.plain and plain
 
-    handles = [module.register_forward_hook(count, with_kwargs=True) for module in loaded.model.modules()]
+    handles: list[Any] = []
+    classes: list[tuple[nn.Module, type]] = []
     try:
+        for module in list(loaded.model.modules()):
+            handles.append(module.register_forward_pre_hook(begin))
+            handles.append(module.register_forward_hook(end, with_kwargs=True))
+            if not isinstance(module, torch.jit.ScriptModule) and (module._parameters or module._buffers):
+                classes.append((module, type(module)))
+                module.__class__ = _watched(type(module), calls[id(module)])
         run(loaded, example)
     finally:
+        for module, kind in classes:
+            module.__class__ = kind
         for handle in handles:
             handle.remove()
     return calls
+
+
+PLAIN = frozenset(dir(nn.Identity())) | frozenset(vars(nn.Identity()))
+
+
+def _watched(kind: Any, seen: Calls) -> Any:
+    """A class like `kind` that takes down what is read from outside of its own calls."""
+
+    def get(self: Any, name: str) -> Any:
+        if not seen.inside and name not in PLAIN and not name.startswith("__"):
+            seen.read.add(name)
+        return kind.__getattribute__(self, name)
+
+    return type(kind.__name__, (kind,), {"__getattribute__": get, "__module__": kind.__module__})
 
 
 def _record(loaded: Loaded, example: Example) -> tuple[Recording, bool]:

@@ -192,6 +192,23 @@ def test_a_layernorm_that_others_read_keeps_its_gain(net: Any) -> None:
     assert left(net, layernorm=True)[0] == "nonlinear"
 
 
+def test_constants_that_a_fold_brings_together_are_one_map_then(net: Any) -> None:
+    x = net.norm(net.op(Op.ADD, net.input(4, 6, 6), net.normal(4, 1, 1)))
+    net.finish(net.norm(net.op(Op.DIVIDE, x, net.normal(4, 1, 1))))
+    plan = net.check()
+    assert len(plan.bypassed) == 3
+
+
+def test_a_constant_in_code_is_passed_and_stays(net: Any) -> None:
+    x = net.op(Op.ADD, net.op(Op.MULTIPLY, net.conv(net.input(4, 6, 6)), net.constant(0.5)), net.constant(1.25))
+    net.norm(x)
+    net.finish()
+    for node in net.graph.nodes[1:3]:
+        node.fixed = Fixed("constant-in-code", "it is written in code")
+    plan = net.check()
+    assert only(plan).verdict is Verdict.BACKWARD and list(plan.bypassed) == net.graph.nodes[3:]
+
+
 # What stays, and why
 
 

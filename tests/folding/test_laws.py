@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -247,6 +247,7 @@ def test_what_lets_an_affine_map_pass_lets_every_norm_go(steps: list[str], seed:
 
 @SETTINGS
 @given(st.lists(st.sampled_from(sorted(ANY)), min_size=3, max_size=9), SEEDS)
+@example(["add", "norm", "div", "norm"], 0)  # merged in two steps once
 def test_whatever_stands_around_the_norms_the_outputs_stay(steps: list[str], seed: int) -> None:
     s = write(steps, seed, first=False)
     before, after = folded(s)

@@ -175,6 +175,22 @@ def test_a_live_module_to_onnx(here: Path) -> None:
     assert folding.report.folded == 1 and module.training and module.norm.training
 
 
-def test_an_opset_that_nothing_writes(here: Path) -> None:
-    with pytest.raises(nd.NormDoctorError, match="opset"):
-        nd.fold(here / "module.pt", trust=True, export="onnx", opset=99, input_shape="1,3,8,8")
+@pytest.mark.parametrize("opset", [7, 99])
+def test_an_opset_that_nothing_writes(here: Path, opset: int) -> None:
+    program = torch.export.export(torch.load(here / "module.pt", weights_only=False).eval(), (torch.randn(2, 3, 8, 8),))
+    torch.export.save(program, here / "program.pt2")
+    with pytest.raises(nd.UsageError, match=f"--opset {opset}: the"):
+        nd.fold(here / "program.pt2", export="onnx", opset=opset)
+
+
+def test_a_program_to_onnx_with_its_weights_beside(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from normdoctor.exporting import with_torch
+
+    monkeypatch.setattr(with_torch, "INLINE_BYTES", 0)
+    module = torch.load(here / "module.pt", weights_only=False)
+    images = torch.randn(2, 3, 8, 8)
+    torch.export.save(torch.export.export(module, (images,)), here / "program.pt2")
+    folding = nd.fold(here / "program.pt2", export="onnx", output=here / "out.onnx")
+    assert folding.report.folded == 1 and folding.report.proof.state.value == "verified"
+    found = run_onnx(here / "out.onnx", image=images.numpy())[0]
+    np.testing.assert_allclose(found, module(images)["logits"].detach(), rtol=1e-4, atol=1e-5)

@@ -162,6 +162,10 @@ def skip(self: Any, x: Tensor) -> Tensor:
     return self.norm(y) + y
 
 
+def reads(self: Any, x: Tensor) -> Tensor:
+    return self.norm(self.conv(x)) * self.norm.num_features
+
+
 SEVERAL, SHARED = ("left", "several-consumers"), ("left", "shared-module")
 
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[str, str]], Any]] = {
@@ -220,6 +224,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[str, str]], Any]
         {"norm": SEVERAL},
         images,
     ),
+    "an attribute that the code reads": (
+        lambda: Chain(reads, conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4)),
+        {"norm": ("left", "read-elsewhere")},
+        images,
+    ),
     "tied weights": (tied, {"norm": ("left", "shared-weight")}, lambda: images(4)),
     "parametrized": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)),
@@ -246,7 +255,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[str, str]], Any]
     "functional conv": (FunctionalConv, {"norm": ("left", "functional-call")}, images),
     "a subclass with a forward of its own": (
         lambda: nn.Sequential(ScaledConv(3, 4, 3), nn.BatchNorm2d(4)),
-        {"1": ("left", "constant-in-code")},
+        {"1": ("left", "functional-call")},
+        images,
+    ),
+    "numbers written in the code": (
+        lambda: Chain(lambda self, x: self.norm(self.conv(x) * 3 + 1), conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4)),
+        {"norm": FOLDED},
         images,
     ),
     "no running statistics": (

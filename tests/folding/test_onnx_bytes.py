@@ -15,7 +15,7 @@ from onnx import helper as h
 from normdoctor.errors import InputError
 from normdoctor.flow.graph import Node
 from normdoctor.flow.plan import FoldPlan, NewInput, plan_folds
-from normdoctor.folding import onnx_layout
+from normdoctor.folding import onnx_layout, onnx_writing
 from normdoctor.folding.onnx_writing import Written, write_folded
 from normdoctor.readers.onnx_flow import open_flow
 
@@ -161,6 +161,14 @@ def test_tensors_that_share_external_bytes_go_on_sharing_them(tmp_path: Path) ->
     assert (numpy_helper.to_array(loaded["same"]) == numpy_helper.to_array(tensor("big", 64, 64))).all()
 
 
+def test_data_is_external_also_where_every_external_tensor_changes(tmp_path: Path) -> None:
+    path, out = tmp_path / "model.onnx", tmp_path / "folded.onnx"
+    onnx.save(net(64), path, save_as_external_data=True, location="w.bin", size_threshold=1024)
+    written(path, out)
+    after = onnx.load(out, load_external_data=False).graph.initializer
+    assert {t.name for t in after if t.data_location == TensorProto.EXTERNAL} == {"conv.weight"}
+
+
 def test_a_model_too_large_for_one_message_gets_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, out = tmp_path / "model.onnx", tmp_path / "folded.onnx"
     made = net(64)
@@ -243,3 +251,12 @@ def test_an_attribute_that_is_there_is_replaced_and_one_that_is_not_is_added(tmp
     assert {a.name for a in after.graph.node[0].attribute} == {"beta", "alpha", "transB"}
     assert sorted(t.name for t in after.graph.initializer) == ["b", "b_2", "w"]
     onnx.checker.check_model(after, full_check=True)
+
+
+def test_weights_that_wait_in_a_file_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(net(64), path)
+    written(path, tmp_path / "held.onnx")
+    monkeypatch.setattr(onnx_writing, "HELD", 0)
+    written(path, tmp_path / "spooled.onnx")
+    assert (tmp_path / "held.onnx").read_bytes() == (tmp_path / "spooled.onnx").read_bytes()

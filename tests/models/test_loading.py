@@ -12,7 +12,8 @@ import torch
 import normdoctor as nd
 from normdoctor.errors import CannotRunError
 from normdoctor.models.inputs import parse_input_shapes
-from normdoctor.models.with_torch import Kind, Loaded, make_example, open_model, run
+from normdoctor.models.loaded import Kind, Loaded
+from normdoctor.models.with_torch import dtype_of, make_example, open_model, run
 
 FITTING = ["weights.pt", "legacy.pt", "wrapped.pt", "lightning.ckpt", "module.pt"]
 
@@ -38,7 +39,7 @@ def test_ways_to_name_it(here: Path, arch: str, capsys: pytest.CaptureFixture[st
 def test_the_type_of_the_file_is_kept(here: Path) -> None:
     loaded = open_model(here / "half.pt", arch="archs:Net")
     assert {tensor.dtype for tensor in loaded.model.parameters()} == {torch.float16}
-    assert loaded.dtype is torch.float16 and outputs(loaded).shape == (2, 5)
+    assert dtype_of(loaded) is torch.float16 and outputs(loaded).shape == (2, 5)
 
 
 def test_the_key_chooses(here: Path) -> None:

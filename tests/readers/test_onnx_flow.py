@@ -186,6 +186,7 @@ ROWS: list[tuple[str, int, Any, list[Any], Op, dict[str, Any]]] = [
     ("layer-broadcast", 17, make("LayerNormalization", "w", axis=2), [floats("w", 8)], Op.OTHER_NORM, {}),
     ("rms", 23, make("RMSNormalization", "w"), [floats("w", 8)], Op.LAYER_NORM, having(rms=True)),
     ("spatial", 7, make("BatchNormalization", *"wwww", spatial=0), [floats("w", 4, 8, 8)], Op.OTHER_NORM, {}),
+    ("misfit", 15, make("BatchNormalization", *"wwwv"), [floats("w", 4), floats("v", 4, 1)], Op.OTHER_NORM, {}),
     (
         "train14",
         15,
