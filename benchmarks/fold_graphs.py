@@ -227,9 +227,10 @@ for title, steps, shape in (
     ("mul_add_left", "ma", "short"),
     ("sub_mul_add", "SMA", "channels"),
     ("mul_add_channels_last", "MA", "last"),
-    ("mul_add_scalar", "MA", "scalar"),
 ):
     graph("hard", name=f"written_{title}", written_out=True)(partial(written, steps=steps, shape=shape))
+# By single numbers no norm is written; two tools fold it, and nobody misses it where it stays.
+graph("hard", name="written_mul_add_scalar", least=0, written_out=True)(partial(written, steps="MA", shape="scalar"))
 graph("hard", norms=2, name="written_sub_div_mul_add", written_out=True)(partial(written, steps="SDMA"))
 graph("hard", norms=2, name="written_sub_left_div_mul", written_out=True)(partial(written, steps="sDM"))
 graph("trap", name="written_constant_over_conv", written_out=True)(partial(written, steps="d"))

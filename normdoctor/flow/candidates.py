@@ -107,13 +107,8 @@ def _judge_run(run: list[Node], state: State) -> Candidate | None:
     if core is not None:
         return Candidate(node if core.layer is None else core, tuple(run), is_gain=True)
     # By single numbers: a hard sigmoid, an image brought to 0..1. No norm is written like that.
-    is_norm = any(node.op in SHIFTING for node in run) and any(_is_vector(node, state) for node in run)
-    return Candidate(node, tuple(run)) if is_norm else None
-
-
-def _from_gain(run: list[Node], node: Node) -> tuple[Node, ...]:
-    """The part of a run that begins with the gain."""
-    return tuple(run[run.index(node) :])
+    vectors = {node.op for node in run if _is_vector(node, state)}
+    return Candidate(node, tuple(run)) if vectors & SCALING and vectors & SHIFTING else None
 
 
 def _is_vector(node: Node, state: State) -> bool:

@@ -124,7 +124,7 @@ def test_the_folded_net_is_the_same_function(nets: Any) -> None:
     verdicts: Counter[Verdict] = Counter()
     passed: Counter[Op] = Counter()
     into: Counter[Op] = Counter()
-    for seed in range(500):
+    for seed in range(250):
         net = nets(seed)
         grow(net, np.random.default_rng(seed))
         graph = net.finish()
@@ -138,5 +138,5 @@ def test_the_folded_net_is_the_same_function(nets: Any) -> None:
             passed.update(node.op for node in outcome.through)
             into.update(node.op for node in outcome.into)
     assert verdicts.keys() == set(Verdict)
-    assert verdicts[Verdict.BACKWARD] > 100 and verdicts[Verdict.FORWARD] > 20, verdicts
+    assert verdicts[Verdict.BACKWARD] > 50 and verdicts[Verdict.FORWARD] > 20, verdicts
     assert into.keys() >= {Op.CONV, Op.CONV_TRANSPOSE, Op.MATMUL, Op.BATCH_NORM}, into
