@@ -1,6 +1,6 @@
 """Time and memory of `normdoctor fold` on a network of 60 million parameters, beside loading and saving it.
 
-    python benchmarks/fold_speed.py [--runs 5] [--python PATH] [--tools NAME ...] [--no-proof]
+    python benchmarks/fold_speed.py [--runs 5] [--python PATH] [--tools NAME ...] [--no-proof] [--write]
 
 Writes a ResNet-152 with 155 norms as an ONNX file (241 MB, random weights) and lets each command read it and write what
 it makes of it. Every measurement is a process of its own, start and imports included, one thread, warm file cache; the
@@ -25,6 +25,14 @@ from typing import NamedTuple
 
 # numpy and onnx are imported only where the file is built, in a process of its own: what a new process reports as
 # its peak memory is never less than what its parent had in use, so this one has to stay small.
+
+INTRODUCTION = """\
+# Time and memory of `normdoctor fold`
+
+Written by `python benchmarks/fold_speed.py --write`. A ResNet-152 with random weights, read from one ONNX file and
+written to another; each run is a process of its own, start and imports included, one thread. The proof runs the
+original and the folded network side by side on two images of 224 by 224.
+"""
 
 HERE = Path(__file__).resolve().parent
 STAGES = (3, 8, 36, 3)
@@ -148,6 +156,7 @@ def main() -> int:
     parser.add_argument(
         "--no-proof", action="store_true", help="leave out the fold with its proof, which takes longest"
     )
+    parser.add_argument("--write", action="store_true", help="write the table to benchmarks/fold_speed.md")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         source, target = Path(temporary) / "resnet152.onnx", Path(temporary) / "folded.onnx"
@@ -164,7 +173,7 @@ def main() -> int:
             commands["normdoctor fold"] = (ours, None)
         for name in options.tools:
             commands[name] = ([options.python, str(HERE / "fold_tools.py"), name], job)
-        print(f"{source.stat().st_size / 1e6:.0f} MB, {norms_in(source)} norms; medians of {options.runs} runs\n")
+        size = f"{source.stat().st_size / 1e6:.0f} MB, {norms_in(source)} norms; medians of {options.runs} runs."
         costs: dict[str, list[Cost]] = {name: [] for name in commands}
         failed: dict[str, str] = {}
         for turn in range(options.runs + 1):
@@ -177,15 +186,20 @@ def main() -> int:
                     else:
                         costs[name] += [cost] * (turn > 0)
     base = statistics.median(cost.seconds for cost in costs["onnx: load and save"])
-    print("| command | s | times load and save | peak MB | norms left |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    lines = [INTRODUCTION, size, "", "| command | s | times load and save | peak MB | norms left |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: |")
     for name, runs in costs.items():
         if name in failed:
-            print(f"| {name} | failed: {failed[name]} ||||")
+            print(f"  {name} failed: {failed[name]}", file=sys.stderr)
+            lines.append(f"| {name} | failed |  |  |  |")
         else:
             seconds = statistics.median(cost.seconds for cost in runs)
             peak = statistics.median(cost.peak for cost in runs)
-            print(f"| {name} | {seconds:.2f} | {seconds / base:.2f} | {peak:.0f} | {runs[-1].norms} |")
+            lines.append(f"| {name} | {seconds:.2f} | {seconds / base:.2f} | {peak:.0f} | {runs[-1].norms} |")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if options.write:
+        Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
     return 1 if any(name.startswith("normdoctor") for name in failed) else 0
 
 

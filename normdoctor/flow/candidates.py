@@ -111,6 +111,11 @@ def _judge_run(run: list[Node], state: State) -> Candidate | None:
     return Candidate(node, tuple(run)) if vectors & SCALING and vectors & SHIFTING else None
 
 
+def _from_gain(run: list[Node], node: Node) -> tuple[Node, ...]:
+    """The part of a run that begins with the gain."""
+    return tuple(run[run.index(node) :])
+
+
 def _is_vector(node: Node, state: State) -> bool:
     operand = state.operand(node)
     return operand is not None and operand[1].size > 1
