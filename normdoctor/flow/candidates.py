@@ -97,7 +97,9 @@ def _judge_run(run: list[Node], state: State) -> Candidate | None:
     if not scaling:
         return None
     node = named or scaling[0]
-    if named is not None and named.layer is not None and named.layer.kind is not NormKind.BATCH:
+    if named is not None and named.layer is not None:
+        if named.layer.kind is NormKind.BATCH:
+            return Candidate(node, tuple(run))
         return Candidate(node, _from_gain(run, node), is_gain=named.layer.kind in TOKENS)
     first = state.operand(run[0])
     assert first is not None

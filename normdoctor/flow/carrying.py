@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from normdoctor.flow.affine import Affine, Array, Blocked, after, before
+from normdoctor.flow.affine import Affine, Array, Blocked
 from normdoctor.flow.constants import Constants
 from normdoctor.flow.graph import Graph, Node, Op, Use, Value
+from normdoctor.flow.passing import after, before
 from normdoctor.flow.weights import (
     AFFINE_NORMS,
     WEIGHTED,

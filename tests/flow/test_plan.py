@@ -9,6 +9,7 @@ import pytest
 
 from normdoctor.flow.graph import Fixed, Node, Op, Value
 from normdoctor.flow.plan import FoldPlan, Outcome, Verdict
+from normdoctor.layers import NormKind
 
 
 def only(plan: FoldPlan) -> Outcome:
@@ -207,6 +208,19 @@ def test_a_constant_in_code_is_passed_and_stays(net: Any) -> None:
         node.fixed = Fixed("constant-in-code", "it is written in code")
     plan = net.check()
     assert only(plan).verdict is Verdict.BACKWARD and list(plan.bypassed) == net.graph.nodes[3:]
+
+
+def test_only_the_gain_of_a_written_out_layernorm_moves(net: Any, make_layer: Any) -> None:
+    x = net.input(3, 6)
+    centred = net.op(Op.SUBTRACT, x, net.op(Op.REDUCE_MEAN, x, axes=(2,), keepdims=True))
+    scaled = net.op(Op.MULTIPLY, centred, net.constant(0.5))
+    gain = net.op(Op.MULTIPLY, scaled, net.normal(6))
+    gain.producer.layer = make_layer(kind=NormKind.LAYER, name="ln")
+    net.linear(net.op(Op.ADD, gain, net.normal(6)))
+    net.finish()
+    assert only(net.check()).code == "own-statistics"
+    plan = net.check(layernorm=True)
+    assert only(plan).verdict is Verdict.FORWARD and scaled.producer not in plan.bypassed
 
 
 # What stays, and why
