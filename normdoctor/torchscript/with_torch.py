@@ -24,6 +24,7 @@ from normdoctor.models.loaded import Loaded, in_order
 from normdoctor.models.with_torch import copied, device_of, quiet, run
 from normdoctor.readers.arrays import decode, encode
 from normdoctor.readers.aten import Call, Site, build
+from normdoctor.readers.aten_overwriting import OVERWRITTEN, overwritten
 from normdoctor.readers.live_module import LiveArray
 from normdoctor.writing import replacing
 
@@ -277,7 +278,12 @@ def unwritable(plan: FoldPlan) -> dict[Node, tuple[str, str]]:
     wrong = {node for node, slot in plan.state.replaced if _argument(node, slot) is None}
     wrong |= {node for node in plan.bypassed if _argument(node, plan.bypassed[node]) is None}
     why = ("computed-weight", "a constant in it is no argument of one operator by itself; --export onnx can do it")
-    return {outcome.norm: why for outcome in plan.outcomes if wrong & {*outcome.nodes, *outcome.into, *outcome.through}}
+    reasons = dict.fromkeys(wrong, why) | dict.fromkeys(overwritten(plan), (OVERWRITTEN.code, OVERWRITTEN.sentence))
+    found: dict[Node, tuple[str, str]] = {}
+    for outcome in plan.outcomes:
+        for node in {*outcome.nodes, *outcome.into, *outcome.through} & reasons.keys():
+            found.setdefault(outcome.norm, reasons[node])
+    return found
 
 
 def _argument(node: Node, slot: int) -> str | None:

@@ -17,6 +17,7 @@ from normdoctor.flow.graph import Fixed, Node, Op, Value
 from normdoctor.flow.plan import FoldPlan
 from normdoctor.layers import NormLayer
 from normdoctor.readers import live_module
+from normdoctor.readers.aten_overwriting import OVERWRITTEN, overwritten
 from normdoctor.readers.norm_classes import FROZEN_CLASS
 from normdoctor.tracing.recorded import Place, Recording
 
@@ -295,6 +296,7 @@ def unsuitable(sites: Sites, plan: FoldPlan) -> dict[Node, Fixed]:
     for node in plan.decomposed:
         found[node] = Fixed("module-code", f"in eval mode the module is one multiplication and one addition{OFFER}")
     wrong = {node: why for node in plan.bypassed if (why := _why_not_gone(node, sites, plan)) is not None}
+    wrong |= dict.fromkeys(overwritten(plan), OVERWRITTEN)
     merged = [(node, slot) for node in plan.state.absorbed if node.op in NORMS for slot in (1, 2)]
     for node, slot in [*plan.state.replaced, *merged]:
         why = sites.unchangeable(node, (slot,))

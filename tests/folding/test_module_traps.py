@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -315,3 +317,45 @@ def test_a_norm_alone_in_a_block_keeps_what_follows_it() -> None:
         "SiLU",
         "Hardtanh",
     ]
+
+
+def in_place_behind_the_norm(self: Any, x: Tensor) -> Tensor:
+    before = self.conv(x).relu()
+    y = self.norm(before)
+    y += 1.0
+    return self.head(y) + before
+
+
+def in_place_behind_a_view(self: Any, x: Tensor) -> Tensor:
+    before = self.conv(x).relu()
+    y = self.norm(before)
+    y.flatten(2).mul_(2.0)
+    return self.head(y) + before
+
+
+@pytest.mark.parametrize("scripted", [False, True])
+@pytest.mark.parametrize("forward", [in_place_behind_the_norm, in_place_behind_a_view])
+def test_without_the_norm_an_operator_in_place_would_change_what_others_read(
+    forward: Callable[..., Any], scripted: bool, tmp_path: Path
+) -> None:
+    module = net(Chain(forward, conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4), head=nn.Conv2d(4, 4, 1)))
+    x = images()
+    if scripted:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that TorchScript is deprecated
+            torch.jit.save(torch.jit.trace(module, x), tmp_path / "net.pt")
+            options: dict[str, Any] = {"trust": True, "input_shape": "2,3,8,8:float64", "verify": False}
+            folded = nd.fold(tmp_path / "net.pt", **options)
+            result = torch.jit.load(folded.path)(x)
+    else:
+        folded = nd.fold(module, (x,), verify=False)
+        result = folded.module(x)
+    torch.testing.assert_close(result, module(x), rtol=1e-9, atol=1e-9)
+    assert [row.verdict for row in folded.report.rows] == ["left"]
+
+
+def test_an_operator_in_place_behind_a_norm_that_alone_reads_the_convolution() -> None:
+    relu = nn.ReLU(inplace=True)
+    module = net(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), relu, nn.Conv2d(4, 4, 1)))
+    folded = nd.fold(module, (images(),))
+    assert [row.verdict for row in folded.report.rows] == ["folded backward"]
