@@ -323,5 +323,7 @@ class _Job:
 
 
 def _precision(plan: WatchedPlan) -> str:
-    """The coarsest type of the weights that the plan changes."""
-    return coarsest(size.dtype for size in plan.sizes.values())
+    """The coarsest type of the weights that the plan changes and of what its folds pass."""
+    folds = (outcome for outcome in plan.outcomes if outcome.verdict is not Verdict.LEFT)
+    passed = {node.y.dtype or "" for outcome in folds for node in (outcome.norm, *outcome.through)}
+    return coarsest({*passed, *(size.dtype for size in plan.sizes.values())})

@@ -329,3 +329,22 @@ def test_norms_saved_in_training_mode_fold_when_they_are_meant_for_inference(tmp
     assert result.path is not None
     [norm] = [node for node in onnx.load(result.path).graph.node if node.op_type == "BatchNormalization"]
     assert not [attribute for attribute in norm.attribute if attribute.name == "training_mode" and attribute.i]
+
+
+def test_a_fold_through_half_precision_may_round_to_it(onnx_chain: Path) -> None:
+    """Runtimes leave out the two casts around the norm and their rounding; around nothing they cannot."""
+    model = onnx.load(onnx_chain)
+    norm = next(node for node in model.graph.node if node.op_type == "BatchNormalization")
+    place = list(model.graph.node).index(norm)
+    half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    for tensor in model.graph.initializer:
+        if tensor.name in norm.input:
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    model.graph.node.insert(place + 1, onnx.helper.make_node("Cast", ["wide"], [norm.output[0]], to=single))
+    model.graph.node.insert(place, onnx.helper.make_node("Cast", [norm.input[0]], ["narrow"], to=half))
+    norm.input[0], norm.output[0] = "narrow", "wide"
+    onnx.save(model, onnx_chain)
+    report = nd.fold(onnx_chain).report
+    assert report.folded == 4 and report.proof.state is ProofState.VERIFIED
+    assert 1e-4 < (report.proof.error or 0) < 0.01
