@@ -137,7 +137,8 @@ def run_tool(worker: Worker, case: Case, original: Original) -> tuple[Judgement,
     reply = worker.ask({"source": str(case.path), "target": str(target), "shapes": shapes, "dtypes": case.dtypes})
     seconds = reply.get("seconds")
     if seconds is None:
-        return Judgement(Verdict.CRASH, message=reply.get("error", "no answer")), None
+        said = reply.get("error", "no answer").replace(f"{target.parent}{os.sep}", "")
+        return Judgement(Verdict.CRASH, message=said), None
     try:
         return judge(case, original, target), seconds
     finally:
