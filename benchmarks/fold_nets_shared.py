@@ -71,7 +71,7 @@ class SharedNorm(Net, kind="trap", norms=2, folds=2, in_module=2, least=0):
         return torch.relu(self.norm(self.one(x))) - torch.tanh(self.norm(self.two(x)))
 
 
-class TiedWeights(Net, kind="trap", norms=1, folds=1, in_module=1, least=0):
+class TiedWeights(Net, kind="trap", norms=1, folds=1, in_module=1):
     """Two modules, one Parameter; a norm behind one of them."""
 
     def build(self) -> Any:
@@ -84,7 +84,7 @@ class TiedWeights(Net, kind="trap", norms=1, folds=1, in_module=1, least=0):
         return torch.relu(self.norm(self.one(x))), torch.relu(self.two(x))
 
 
-class TiedAutoencoder(Net, kind="trap", norms=2, folds=2, in_module=2, least=0):
+class TiedAutoencoder(Net, kind="trap", norms=2, folds=2, in_module=2):
     """Encoder and decoder of one weight."""
 
     def build(self) -> Any:
@@ -98,7 +98,7 @@ class TiedAutoencoder(Net, kind="trap", norms=2, folds=2, in_module=2, least=0):
         return self.norms[1](self.decoder(torch.relu(self.norms[0](self.encoder(x)))))
 
 
-class BiasIsBeta(Net, kind="trap", folds=1, in_module=1, least=0):
+class BiasIsBeta(Net, kind="trap", folds=1, in_module=1):
     """The convolution's bias is the very Parameter that the norm has."""
 
     def build(self) -> Any:

@@ -7,10 +7,10 @@ and a norm goes only where it is a module of its own. Nothing here imports torch
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from normdoctor.flow.constants import Constants
 from normdoctor.flow.graph import Fixed, Node, Op, Value
@@ -69,6 +69,17 @@ class Calls:
     """Attributes that the code of other modules reads, and that an Identity has not."""
 
 
+class _Memory(NamedTuple):
+    """Where a tensor lies: its storage, its first byte there and the byte behind its last."""
+
+    storage: int
+    begin: int
+    end: int
+
+    def overlaps(self, other: _Memory) -> bool:
+        return self.storage == other.storage and self.begin < other.end and other.begin < self.end
+
+
 @dataclass(frozen=True, eq=False)
 class Sites:
     """The modules behind the nodes of one recording."""
@@ -83,8 +94,8 @@ class Sites:
     """Path of a module → the nodes of its code and of the modules in it."""
     _keys: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
     """Identity of a module → its calls as the tracer numbered them."""
-    _uses: Counter[Any] = field(default_factory=Counter)
-    """Memory of a tensor → how often nodes take it."""
+    _foreign: list[_Memory] = field(default_factory=list)
+    """Where tensors lie that others take than the modules that hold them as an attribute of their own."""
 
     def __post_init__(self) -> None:
         for node in self.recording.graph.nodes:
@@ -93,7 +104,9 @@ class Sites:
                 if path in self.modules:
                     self._keys[id(self.modules[path])].add(key)
         for value, stored in self.recording.stored.items():
-            self._uses[_memory(stored.tensor)] += len(value.uses) + value.is_output
+            own = sum(self._is_own(use.node, stored.tensor) for use in value.uses)
+            if own < len(value.uses) or value.is_output:
+                self._foreign.append(_memory(stored.tensor))
 
     # what can be changed
 
@@ -115,11 +128,21 @@ class Sites:
         if module is None or name is None or (node.op in WEIGHTED and not stock):
             words = f"{stored.name} is used by a function call in the code of {_class(module)}"
             return Fixed("functional-call", words + OFFER)
-        uses = self._uses[_memory(stored.tensor)]
         shared = self._unshared(path, module)
-        if shared is None and uses > 1:
-            return Fixed("shared-weight", f"{stored.name} is used at {uses} places of the code{OFFER}")
+        if shared is None and self._is_read_elsewhere(stored.tensor):
+            return Fixed("shared-weight", f"{stored.name} is used at other places of the code too{OFFER}")
         return shared or (path, name)
+
+    def _is_own(self, node: Node, tensor: Any) -> bool:
+        """Whether a node takes a tensor that its module holds: with a new one there, nobody else sees a change."""
+        module = self.modules.get(place_of(node).path)
+        if _name_of(module, tensor) is None:
+            return False
+        return node.op in NORMS or (node.op in WEIGHTED and is_stock(module, STOCK_WEIGHTED))
+
+    def _is_read_elsewhere(self, tensor: Any) -> bool:
+        memory = _memory(tensor)
+        return any(memory.overlaps(other) for other in self._foreign)
 
     def unchangeable(self, node: Node, slots: Iterable[int]) -> Fixed | None:
         """Why one of these constants cannot be changed; None where all can."""
@@ -329,13 +352,17 @@ def _child(path: str, node: Node) -> str | None:
     return None if "." in name or not paths[place + 1].startswith(f"{path}.") else name
 
 
-def _memory(tensor: Any) -> Any:
-    """Equal for tensors in the same memory, whatever part of it they are."""
+def _memory(tensor: Any) -> _Memory:
     try:
         place = tensor.untyped_storage().data_ptr()
     except (RuntimeError, AttributeError, NotImplementedError):  # sparse, a subclass without a storage
         place = 0
-    return place or id(tensor)
+    if not place or not tensor.numel():
+        return _Memory(id(tensor), 0, 1)
+    begin = tensor.storage_offset()
+    reach = sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
+    size = tensor.element_size()
+    return _Memory(place, begin * size, (begin + reach + 1) * size)
 
 
 def _name_of(module: Any, tensor: Any) -> str | None:

@@ -132,6 +132,14 @@ def tied() -> nn.Module:
     return module
 
 
+def borrowed() -> nn.Module:
+    return Chain(
+        lambda self, x: self.norm(self.first(x)).relu() + F.conv2d(x, self.first.weight),
+        first=nn.Conv2d(4, 4, 3),
+        norm=nn.BatchNorm2d(4),
+    )
+
+
 def hooked(which: int) -> nn.Module:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(), nn.BatchNorm2d(4))
     module[which].register_forward_hook(lambda *seen: None)
@@ -231,7 +239,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[str, str]], Any]
         {"norm": ("left", "read-elsewhere")},
         images,
     ),
-    "tied weights": (tied, {"norm": ("left", "shared-weight")}, lambda: images(4)),
+    "tied weights": (tied, {"norm": FOLDED}, lambda: images(4)),
+    "a weight that a function call takes too": (borrowed, {"norm": ("left", "shared-weight")}, lambda: images(4)),
     "parametrized": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)),
         {"1": ("left", "computed-weight")},
