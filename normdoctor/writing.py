@@ -62,6 +62,17 @@ def _unwritable(output: Path, error: OSError) -> InputError:
 
 
 @contextmanager
+def folder_beside(output: Path) -> Iterator[Path]:
+    """A folder on the same disk as `output` that is gone, with all that is in it, when the block ends."""
+    try:
+        folder = tempfile.TemporaryDirectory(dir=output.parent, prefix=".normdoctor-")
+    except OSError as error:
+        raise _unwritable(output, error) from None
+    with folder as name:
+        yield Path(name)
+
+
+@contextmanager
 def replacing(output: Path) -> Iterator[Path]:
     """A temporary path that becomes `output` when the block ends well and vanishes when it does not."""
     try:

@@ -18,6 +18,11 @@ SHIFTING = frozenset({Op.ADD, Op.SUBTRACT})
 
 OWN_STATISTICS = Blocked("own-statistics", "it normalises with the statistics of its own input, so it is no affine map")
 
+UNASKED_GAIN = Blocked(
+    "own-statistics",
+    "it normalises with the statistics of its own input; its gain and bias can move into linear layers (--layernorm)",
+)
+
 TOKENS = frozenset({NormKind.LAYER, NormKind.RMS, NormKind.LAYER_OR_RMS, NormKind.LAYER_OR_GROUP})
 """Kinds that may be LayerNorm or RMSNorm, whose gain acts on the last axes."""
 
@@ -106,8 +111,10 @@ def _judge_run(run: list[Node], state: State) -> Candidate | None:
     before = run[0].inputs[first[0]]
     assert before is not None
     core = _core(state.source(before), state)
-    if core is not None:
+    if core is not None and any(_is_vector(node, state) for node in scaling):
         return Candidate(node if core.layer is None else core, tuple(run), is_gain=True)
+    if core is not None:
+        return None
     # By single numbers: a hard sigmoid, an image brought to 0..1. No norm is written like that.
     vectors = {node.op for node in run if _is_vector(node, state)}
     return Candidate(node, tuple(run)) if vectors & SCALING and vectors & SHIFTING else None
@@ -147,10 +154,10 @@ def affine_of(candidate: Candidate, state: State) -> Affine:
             raise Blocked("computed-weight", "its parameters are computed from the input")
     if node.op is Op.LAYER_NORM:
         return _gain_of(node, rank, state)
-    if node.attributes.get("training") and not state.evaluation:
-        raise Blocked("training-mode", "it was saved in training mode and normalises with the batch")
     if node.given(3) is None or node.given(4) is None:
         raise Blocked("no-running-statistics", "it has no running statistics and normalises with the batch")
+    if node.attributes.get("training") and not state.evaluation:
+        raise Blocked("training-mode", "it was saved in training mode and normalises with the batch")
     if any(output.uses or output.is_output for output in node.outputs[1:]):
         raise Blocked("statistics-used", "the statistics that it gives out are used")
     scale, shift = batch_norm_vectors(node, state)

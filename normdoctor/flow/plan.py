@@ -14,7 +14,7 @@ import numpy as np
 
 from normdoctor.errors import InputError
 from normdoctor.flow.affine import Affine, Array, Blocked
-from normdoctor.flow.candidates import OWN_STATISTICS, Candidate, affine_of, find_candidates
+from normdoctor.flow.candidates import OWN_STATISTICS, UNASKED_GAIN, Candidate, affine_of, find_candidates
 from normdoctor.flow.carrying import Deed, State, carry_back, carry_forward
 from normdoctor.flow.graph import Graph, Node, Op
 from normdoctor.flow.weights import WEIGHTED, Weights, whole_shape
@@ -308,7 +308,7 @@ class _Planner:
         if fixed is not None:
             raise Blocked(*fixed)
         if candidate.is_gain and not self.layernorm:
-            raise OWN_STATISTICS
+            raise UNASKED_GAIN
         return affine_of(candidate, self.state)
 
     def _do(self, candidate: Candidate, deed: Deed, affine: Affine, direction: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 REASONS = {
     # What it is
-    "own-statistics": "The norm takes its statistics from its own input (LayerNorm, RMSNorm, GroupNorm, InstanceNorm).",
+    "own-statistics": "The norm takes its statistics from its own input (LayerNorm, RMSNorm, GroupNorm, InstanceNorm); "
+    "`--layernorm` moves the gain and bias of the first two.",
     "training-mode": "The norm was saved in training mode; `--eval` says that the model is meant for inference.",
     "no-running-statistics": "The norm has no running statistics and always normalises with the batch.",
     "statistics-used": "The statistics that the norm computes or updates are used elsewhere.",

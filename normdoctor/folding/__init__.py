@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -15,17 +14,22 @@ from normdoctor.errors import CannotRunError, MisfitError, MissingDependencyErro
 from normdoctor.flow.graph import Node, Op
 from normdoctor.flow.plan import FoldPlan, Verdict, plan_folds
 from normdoctor.folding.ledger import OVERFLOW, WatchedPlan, outcomes_of, row_of, tally
+from normdoctor.folding.module_ways import try_variants
 from normdoctor.folding.opening import Request, look_at, open_subject
 from normdoctor.folding.records import Folding, FoldReport, Proof, ProofState
 from normdoctor.folding.subjects import Feed, Subject
 from normdoctor.folding.verify import Reference, Runnable, coarsest, compare, first_failing, judge, run_original
-from normdoctor.writing import check_output, replacing
+from normdoctor.writing import check_output, folder_beside, replacing
 
 RUNTIME = "onnxruntime"
 """What a folded file must run in where the original does, and not in onnx's reference evaluator alone."""
 
 SOUND_NOISE = 0.01
 """Where more than this share of a channel's size is rounding, other inputs are tried first."""
+
+REPORT_IT = "Please report it with the model, or its --dry-run, if you can share it."
+
+EXPORT_IT = "Export the one way that is needed, and fold that: --export onnx, or a .pt2 of it."
 
 BISECTION_SECONDS = 300.0
 """How long the first norm at which two models part is searched for."""
@@ -130,8 +134,7 @@ class _Job:
             plan, built = self._settle(lambda plan: self.subject.build(plan, None))
             proof = self._prove(plan, built, None)
             return self._told(plan, proof, module=self._module(built))
-        with tempfile.TemporaryDirectory(dir=self.target.parent, prefix=".normdoctor-") as name:
-            folder = Path(name)
+        with folder_beside(self.target) as folder:
             first = self._place_in(folder, "folded")
             plan, built = self._settle(lambda plan: self.subject.build(plan, first))
             proof = self._prove(plan, built, folder)
@@ -182,22 +185,34 @@ class _Job:
             return Proof(state=ProofState.NOT_ASKED, reason="--no-verify")
         begin = time.perf_counter()
         try:
-            feed, reference = self._reference(folder)
+            original = self._original(folder)
+            feed, reference = self._reference(original)
         except MisfitError:
             if self.request.gives_inputs:
                 raise
             return Proof(state=ProofState.UNVERIFIED, reason="none of the inputs that were made up fits; give --data")
         except (CannotRunError, MissingDependencyError) as error:
             return Proof(state=ProofState.UNVERIFIED, reason=error.message)
-        proof = self._compared(built, plan, feed, reference, begin)
+        proof, hint = self._compared(built, plan, feed, reference, begin), REPORT_IT
         if proof.state is not ProofState.FAILED:
-            return proof
+            tried = try_variants(
+                original,
+                feed,
+                reference.noise,
+                lambda other: run_original(original, other.inputs),
+                lambda other, expected: self._compared(built, plan, other, expected, begin),
+            )
+            if tried.failed is None:
+                inputs = " and ".join(filter(None, (proof.inputs, tried.words)))
+                return replace(proof, inputs=inputs, seconds=time.perf_counter() - begin)
+            feed, reference, proof = tried.failed
+            hint = EXPORT_IT
         first = self._first_norm(plan, feed, reference, folder)
         proof = replace(proof, first_norm=first)
         at = f", from the norm {first} on" if first else ""
         raise VerificationError(
             f"{self.request.source}: the folded model is not the same{at}: {proof.reason}",
-            "Nothing was written. Please report it with the model, or its --dry-run, if you can share it.",
+            f"Nothing was written. {hint}",
             self._told(plan, proof).report,
         )
 
@@ -221,10 +236,9 @@ class _Job:
         meant = self._plan({outcome.norm: ("later", "") for outcome in self._plan().outcomes})
         return self.subject.folded(self.subject.build(meant, folder and self._place_in(folder, "meant")))
 
-    def _reference(self, folder: Path | None) -> tuple[Feed, Reference]:
+    def _reference(self, original: Runnable) -> tuple[Feed, Reference]:
         """Inputs that the original takes, and what it makes of them. Where there is a choice: such as leave time for
         a run in float64, and make it give more than rounding."""
-        original = self._original(folder)
         failure = MisfitError("there are no inputs to run it on")
         found: list[tuple[bool, float, Feed, Reference]] = []
         slow = math.inf

@@ -60,13 +60,22 @@ def with_shapes(wanted: Sequence[Wanted], given: Sequence[InputSpec]) -> tuple[W
         if name not in by_name:
             raise UsageError(f"--input-shape: no input {name!r}", did_you_mean(name, by_name) + _listed(wanted))
         if not _fits(spec.shape, by_name[name].shape):
-            raise UsageError(f"--input-shape {spec}: does not fit {by_name[name]}", _listed(wanted))
+            raise UsageError(f"--input-shape {spec}: does not fit {by_name[name]}", _example(by_name[name], spec))
         if spec.dtype not in (None, by_name[name].dtype):
-            raise UsageError(f"--input-shape {spec}: the model takes {by_name[name]}", _listed(wanted))
+            raise UsageError(f"--input-shape {spec}: the model takes {by_name[name]}", _example(by_name[name], spec))
         chosen[name] = spec
     return tuple(
         Wanted(entry.name, chosen[entry.name].shape, entry.dtype) if entry.name in chosen else entry for entry in wanted
     )
+
+
+def _example(wanted: Wanted, given: InputSpec) -> str:
+    """What could have been written instead: lengths that the model leaves open as they are given."""
+    lengths = given.shape
+    if wanted.shape is not None:
+        spare = given.shape if len(given.shape) == len(wanted.shape) else (BATCH,) * len(wanted.shape)
+        lengths = tuple(n if isinstance(n, int) else other for n, other in zip(wanted.shape, spare, strict=True))
+    return f"Write --input-shape {InputSpec(lengths, wanted.name, wanted.dtype)}."
 
 
 def random_inputs(wanted: Sequence[Wanted], seed: int) -> Iterator[Arrays]:

@@ -16,6 +16,7 @@ from normdoctor.exporting.onnx_names import ONE_BATCH
 from normdoctor.flow.graph import Graph, Node
 from normdoctor.flow.plan import FoldPlan
 from normdoctor.folding.module_feeds import feeds_of
+from normdoctor.folding.module_ways import variants_of
 from normdoctor.folding.opening import Request
 from normdoctor.folding.subjects import Feed, Subject
 from normdoctor.folding.verify import Runnable, Running
@@ -53,19 +54,26 @@ class ModuleSubject:
         return unsuitable(self.trace.sites, plan)
 
     def feeds(self) -> Iterator[Feed]:
-        return feeds_of(self.request, self.loaded, self.example, several=self.trace.any_batch)
+        for feed in feeds_of(self.request, self.loaded, self.example, several=self.trace.any_batch):
+            yield feed._replace(variants=variants_of(self.loaded, feed.inputs))
 
     def original(self) -> Runner:
         from normdoctor.folding.with_torch import Runner
 
-        return Runner(self.loaded)
+        return Runner(self.loaded, apart=True)
 
     def build(self, plan: FoldPlan, output: Path | None) -> Any:
         from normdoctor.folding.with_torch import apply, save
 
         path = self.request.path
         whole = path is not None and self.request.arch is None and self.request.key is None
-        if output is not None and plan.changes_nothing and whole and not self.request.state_dict and not self.notes:
+        if (
+            output is not None
+            and plan.changes_nothing
+            and whole
+            and not self.request.state_dict
+            and not self.loaded.notes
+        ):
             assert path is not None
             shutil.copyfile(path, output)
             return self.loaded.model
@@ -77,7 +85,7 @@ class ModuleSubject:
     def folded(self, built: Any) -> Runner:
         from normdoctor.folding.with_torch import Runner
 
-        return Runner(replace(self.loaded, model=built))
+        return Runner(replace(self.loaded, model=built), apart=True)
 
 
 def load_model(request: Request) -> tuple[Loaded, Example]:

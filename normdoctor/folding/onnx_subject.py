@@ -31,6 +31,8 @@ class OnnxSubject:
     format: str
     notes: list[str] = field(default_factory=list)
     evaluation: bool = False
+    _grown: bool = False
+    """Whether a note says so."""
 
     @property
     def graph(self) -> Graph:
@@ -68,7 +70,14 @@ class OnnxSubject:
 
     def build(self, plan: FoldPlan, output: Path | None) -> Path:
         assert output is not None
-        write_folded(self.flow, plan, output)
+        written = write_folded(self.flow, plan, output)
+        before, after = written.stored
+        if after > 2 * before and not self._grown:
+            self._grown = True
+            self.notes.append(
+                f"the file grows from {before:,} to {after:,} bytes: weights that were made from a single number when "
+                "the model ran are stored"
+            )
         return output
 
 

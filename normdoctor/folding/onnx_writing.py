@@ -7,7 +7,6 @@ memory has a bound.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from normdoctor.folding.onnx_storage import NewTensor
 from normdoctor.readers.arrays import Source, encode
 from normdoctor.readers.onnx_flow import Flow
 from normdoctor.readers.onnx_splices import Extent, copy
-from normdoctor.writing import replacing
+from normdoctor.writing import folder_beside, replacing
 
 HELD = 1 << 28
 """Bytes of new weights that wait in memory; further ones wait in a file."""
@@ -54,8 +53,7 @@ def write_folded(flow: Flow, plan: FoldPlan, output: Path) -> Written:
     with ExitStack() as stack:
         # Left in reverse order: the data file is in place before the model that needs it.
         model = stack.enter_context(replacing(output))
-        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent, prefix=".normdoctor-"))
-        spool = Path(folder) / "weights"
+        spool = stack.enter_context(folder_beside(output)) / "weights"
         with spool.open("wb") as file:
             places = list(_compute(surgery, plan, file))
         surgery.settle()

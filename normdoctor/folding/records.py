@@ -124,6 +124,14 @@ class FoldReport:
     unchanged: bool = False
     """Whether the output is a copy of the input."""
 
+    def __str__(self) -> str:
+        """A line per norm, and one for the proof."""
+        lines = [
+            f"{row.norm}: {row.verdict}" + (f" into {', '.join(row.into)}" if row.into else f" ({row.code})" * row.left)
+            for row in self.rows
+        ]
+        return "\n".join([*lines, f"proof: {self.proof.state.value}"])
+
     @property
     def counts(self) -> dict[str, int]:
         """How many norms became what, by the value of `Verdict`; verdicts that none has are 0."""
@@ -153,3 +161,6 @@ class Folding:
     """The folded file; None for a dry run, and for a live module unless an output was named."""
     module: Any = None
     """The folded module, where a live one was given; the original is as it was."""
+
+    def __str__(self) -> str:
+        return str(self.report)

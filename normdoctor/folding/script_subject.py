@@ -13,8 +13,10 @@ from normdoctor.flow.plan import FoldPlan
 from normdoctor.folding.module_feeds import feeds_of
 from normdoctor.folding.opening import Request
 from normdoctor.folding.subjects import Feed, Subject
+from normdoctor.layers import NormLayer
 from normdoctor.models.inputs import Example
 from normdoctor.readers import open_checkpoint
+from normdoctor.rules.wording import plural
 
 if TYPE_CHECKING:
     from normdoctor.folding.with_torch import Runner
@@ -84,4 +86,14 @@ def open_script(request: Request, loaded: Loaded, example: Example) -> Subject:
             form = checkpoint.format
             layers = {name: layer for layer in checkpoint.layers for name in (layer.name, *layer.aliases)}
     script = read_script(loaded, example, layers)
-    return ScriptSubject(request, script, example, form, list(loaded.notes))
+    return ScriptSubject(request, script, example, form, [*loaded.notes, *_unseen(script.graph, layers)])
+
+
+def _unseen(graph: Graph, layers: Mapping[str, NormLayer]) -> Iterator[str]:
+    """Norms of the file that its graph does not show."""
+    seen = {node.layer.name for node in graph.nodes if node.layer is not None}
+    names = sorted({layer.name for layer in layers.values()} - seen)
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        count = plural(len(names), "norm")
+        yield f"{count} of the file left as they are (inside a branch or loop, or unused): {', '.join(names[:5])}{more}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +20,8 @@ class Feed(NamedTuple):
     """For the report: random numbers of which shapes, or which file."""
     size: int = 0
     """How many numbers they are, where there are several choices."""
+    variants: Iterable[Feed] = ()
+    """Others, on which the code of a module may take another way; the proof tries them too."""
 
 
 class Subject(Protocol):

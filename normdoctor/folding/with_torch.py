@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.utils import _pytree
 
 from normdoctor.errors import RefusedError
 from normdoctor.flow.graph import Fixed
@@ -36,10 +37,8 @@ def apply(plan: FoldPlan, sites: Sites, module: nn.Module) -> nn.Module:
         assert not isinstance(holder, Fixed), holder
         path, name = holder
         _assign(modules[path], name, new)
-    for node, changed in plan.attributes.items():
-        if changed.get("training") is False:
-            path = node.site.call.site.path
-            modules[path].eval()
+    if plan.state.evaluation:
+        result.eval()  # what was proven: also without dropout
     gone: dict[str, tuple[str, ...]] = {}
     for node in plan.bypassed:
         found = sites.replacement(node)
@@ -107,6 +106,8 @@ class Runner:
     loaded: Loaded
     wide: bool = False
     """Whether everything is in float64."""
+    apart: bool = False
+    """Whether each run has a copy of the module: what its code keeps in attributes then stays out of the next."""
 
     @property
     def engine(self) -> str:
@@ -114,7 +115,8 @@ class Runner:
 
     def run(self, inputs: Example) -> Mapping[str, NDArray[Any]]:
         """Outputs by name. Raises CannotRunError."""
-        return run(self.loaded, example_in_float64(inputs) if self.wide else inputs)
+        loaded = replace(self.loaded, model=copied(self.loaded.model, parameters=False)) if self.apart else self.loaded
+        return run(loaded, example_in_float64(inputs) if self.wide else inputs)
 
     def in_float64(self) -> Runner:
         """The same in float64. Raises CannotRunError."""
@@ -139,6 +141,28 @@ def with_arrays(example: Example, names: Mapping[str, int | str], arrays: Mappin
         else:
             kwargs[place] = tensor
     return Example(tuple(args), kwargs)
+
+
+def tensors_of(example: Example) -> list[torch.Tensor]:
+    """Every tensor among the arguments, however nested."""
+    leaves = _pytree.tree_leaves((example.args, example.kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def with_length(example: Example, axis: int, old: int, new: int, *, images: bool = False) -> Example:
+    """The example with `new` entries along an axis wherever it has `old`: cut off, or begun again.
+
+    images: only tensors of floats with at least three axes."""
+
+    def changed(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.ndim <= axis or leaf.shape[axis] != old:
+            return leaf
+        if images and (leaf.ndim < 3 or not leaf.is_floating_point()):
+            return leaf
+        return leaf.index_select(axis, torch.arange(new, device=leaf.device) % old)
+
+    args, kwargs = _pytree.tree_map(changed, (example.args, example.kwargs))
+    return Example(tuple(args), dict(kwargs))
 
 
 def named_tensors(loaded: Loaded, example: Example) -> Iterator[tuple[str, int | str, torch.Tensor]]:

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,12 @@ FORM = "Write it like --arch mypkg.nets:resnet18 or --arch nets.py:Net."
 
 OWN = frozenset({"normdoctor", "importlib", "_frozen_importlib", "_frozen_importlib_external", "__main__", "torch"})
 """Packages that pass an exception on and are not what is missing."""
+
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "cv2": "opencv-python", "PIL": "Pillow", "yaml": "PyYAML"}
+"""Import name → what pip calls the package, for well-known ones where the two differ."""
+
+FAILED_IN_SCRIPT = "The following operation failed in the TorchScript interpreter."
+"""Such a message has the code line by line, and the cause at its end."""
 
 
 def parse_arguments(arguments: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -117,7 +124,7 @@ def users_code(what: str) -> Iterator[None]:
         missing = (error.name or "").partition(".")[0] or _package(error.__traceback__) or "a package"
         raise MissingDependencyError(
             f"{what}: {missing} cannot be imported ({one_line(error)})",
-            f"Run in the folder that holds it where it is your own code, or install it: pip install {missing}",
+            f"Run in the folder that holds it where it is your own code, or install it: {install(missing)}",
         ) from error
     except (Exception, SystemExit) as error:
         package = _package(error.__traceback__)
@@ -130,14 +137,28 @@ def users_code(what: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """Class and first line of an exception.
+    """Class and first line of an exception; of one from TorchScript's interpreter its cause.
 
     >>> one_line(ValueError("no such layer\\nsee the manual"))
     'ValueError: no such layer'
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0] == FAILED_IN_SCRIPT:
+        lines = [line for line in lines[1:] if "<--- HERE" not in line][-1:]
+        cause = re.fullmatch(r"(?:\w+\.)*(\w+): (.+)", lines[0]) if lines else None
+        if cause is not None:
+            return f"{cause[1]}: {cause[2][:300]}"
     text = lines[0] if lines else ""
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def install(package: str) -> str:
+    """The command that installs what is imported under this name.
+
+    >>> install("sklearn")
+    'pip install scikit-learn'
+    """
+    return f"pip install {DISTRIBUTIONS.get(package, package)}"
 
 
 def _package(trace: TracebackType | None) -> str | None:

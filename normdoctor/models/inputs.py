@@ -67,7 +67,8 @@ def _words(value: Any) -> str:
     """The shape of a tensor, the type of anything else."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         dtype = str(value.dtype).removeprefix("torch.")
-        return str([int(length) for length in value.shape]) + ("" if dtype == "float32" else f" {dtype}")
+        shape = "x".join(str(int(length)) for length in value.shape) or "a single number"
+        return shape + ("" if dtype == "float32" else f" {dtype}")
     return type(value).__name__
 
 

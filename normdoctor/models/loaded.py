@@ -68,6 +68,11 @@ def named_inputs(loaded: Loaded, example: Example) -> dict[str, Any]:
     return {**found, **example.kwargs}
 
 
+def described(loaded: Loaded, example: Example) -> str:
+    """The arguments by name, with their shapes: x 2x3x8x8, sr a single number int64."""
+    return str(Example((), named_inputs(loaded, example)))
+
+
 def in_order(loaded: Loaded, example: Example) -> list[Any]:
     """All arguments by place, those that are not given with their defaults, as far as something is given."""
     names = [name for name in parameters_of(loaded) if not name.startswith("*")][len(example.args) :]

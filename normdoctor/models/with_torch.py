@@ -28,9 +28,9 @@ from normdoctor.errors import (
     UsageError,
 )
 from normdoctor.layers import Checkpoint, Container, Danger, load
-from normdoctor.models.architecture import build, make_importable, one_line, users_code
+from normdoctor.models.architecture import build, install, make_importable, one_line, users_code
 from normdoctor.models.inputs import Example, InputSpec
-from normdoctor.models.loaded import Kind, Loaded, flatten, parameters_of
+from normdoctor.models.loaded import Kind, Loaded, described, flatten, parameters_of
 from normdoctor.models.state import Wanted, choose, match, tensors_of
 from normdoctor.readers import open_checkpoint
 from normdoctor.readers.live_module import LiveArray
@@ -260,7 +260,7 @@ def make_example(loaded: Loaded, specs: Sequence[InputSpec], *, seed: int = SEED
     if not specs:
         raise UsageError(
             f"{loaded.name}: running it needs the shapes of its inputs ({', '.join(takes) or 'none named'})",
-            "Give them: --input-shape 1,3,224,224, once for each input.",
+            "Give --input-shape 1,3,224,224, once for each input, or --data with the inputs themselves.",
         )
     generator = torch.Generator().manual_seed(seed)
     high = min(_embedding_sizes(loaded.model), default=2)
@@ -346,11 +346,11 @@ def _cannot_run(loaded: Loaded, example: Example, error: BaseException) -> NormD
         )
     if isinstance(error, ImportError):
         missing = (error.name or "a package").partition(".")[0]
-        return MissingDependencyError(f"{loaded.name}: running it needs {missing} ({text})", f"pip install {missing}")
+        return MissingDependencyError(f"{loaded.name}: running it needs {missing} ({text})", install(missing))
     takes = ", ".join(parameters_of(loaded))
     return MisfitError(
-        f"{loaded.name}: cannot be run on {example} ({text})",
-        f"Check --input-shape against what the model expects{f'; it takes ({takes})' if takes else ''}.",
+        f"{loaded.name}: cannot be run on {described(loaded, example)} ({text})",
+        f"Check --input-shape or --data against what the model expects{f'; it takes ({takes})' if takes else ''}.",
     )
 
 

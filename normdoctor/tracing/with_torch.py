@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -71,7 +71,8 @@ def trace(loaded: Loaded, example: Example) -> Trace:
         recording, any_batch = _record(loaded, example)
     for name, module in loaded.model.named_modules():
         module.training = modes.get(name, False)
-    notes = [] if any_batch else ["traced for one batch size: the code of the model does not take any other"]
+    notes = [] if any_batch else ["traced for one batch size"]
+    notes += _never_called(loaded.model, calls, recording)
     return Trace(mark_sites(recording, loaded.model, calls, evaluation=loaded.evaluation), any_batch, notes)
 
 
@@ -106,6 +107,24 @@ def _count_calls(loaded: Loaded, example: Example) -> dict[int, Calls]:
             handle.remove()
     return calls
 
+
+def _never_called(model: nn.Module, calls: Mapping[int, Calls], recording: Recording) -> Iterator[str]:
+    """A note with the modules with parameters that no run has seen; of those inside each other the outermost."""
+    seen = {id(stored.tensor) for value, stored in recording.stored.items() if value.uses or value.is_output}
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in names) or not any(True for _ in module.parameters()):
+            continue
+        called = any(calls[id(inner)].count for inner in module.modules() if id(inner) in calls)
+        if not called and not any(id(parameter) in seen for parameter in module.parameters()):
+            names.append(name)
+    if names:
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        yield f"never called with these inputs, so no run has seen them: {', '.join(names[:NAMED])}{more}"
+
+
+NAMED = 5
+"""How many names a note gives."""
 
 PLAIN = frozenset(dir(nn.Identity())) | frozenset(vars(nn.Identity()))
 
@@ -142,7 +161,8 @@ def _record(loaded: Loaded, example: Example) -> tuple[Recording, bool]:
     except Exception:
         raise InputError(
             f"{loaded.name}: torch.export cannot follow its code ({one_line(first)})",
-            "Code that decides by the values of tensors has no single graph; fold an ONNX export of it.",
+            "Code that decides by the values of tensors has no single graph. Where torch.jit.script(model) takes it, "
+            "save that with torch.jit.save and fold the file.",
         ) from first
 
 

@@ -137,3 +137,9 @@ def test_inspecting_and_folding_onnx_need_no_torch(onnx_chain: Path) -> None:
     for options in (["--dry-run"], ["--no-verify"], ["--overwrite"]):
         done = subprocess.run([sys.executable, "-c", script, "fold", str(onnx_chain), *options], capture_output=True)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody can write")
+def test_a_folder_in_which_nothing_can_be_written(fold: Run, onnx_chain: Path) -> None:
+    done = fold("model.onnx", "-o", "/proc/folded.onnx")
+    assert done.returncode == 2 and "cannot be written" in done.stderr

@@ -60,7 +60,7 @@ def test_training_mode_needs_a_word() -> None:
     module = pair().train()
     assert [row.code for row in nd.fold(module, (IMAGES,)).report.rows] == ["training-mode"]
     folded = nd.fold(module, (IMAGES,), eval=True).module
-    assert isinstance(folded[1], nn.Identity) and all(inner.training for inner in folded.modules())
+    assert isinstance(folded[1], nn.Identity) and not any(inner.training for inner in folded.modules())
     assert all(inner.training for inner in module.modules())
 
 
@@ -142,3 +142,18 @@ def test_the_batch_axis_is_free_where_it_can_be() -> None:
     assert free.any_batch and free.graph.nodes[0].y.shape[0] not in (1, 2)
     fixed = trace(take(Whole(2).eval()), example_of(IMAGES))
     assert not fixed.any_batch and "one batch size" in fixed.notes[0]
+
+
+def test_a_module_meant_for_inference_comes_back_in_eval_mode() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.9)).train()
+    folding = nd.fold(module, (torch.randn(2, 3, 8, 8),), eval=True)
+    assert [row.verdict for row in folding.report.rows] == ["folded backward"]
+    assert not any(part.training for part in folding.module.modules())
+    assert all(part.training for part in module.modules())
+
+
+def test_a_norm_without_running_statistics_says_so() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()
+    folding = nd.fold(module, (torch.randn(2, 3, 8, 8),))
+    assert [row.code for row in folding.report.rows] == ["no-running-statistics"]
+    assert str(folding) == "1: left (no-running-statistics)\nproof: nothing to verify"

@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from onnx import helper as h
 
+import normdoctor as nd
 from normdoctor.errors import InputError
 from normdoctor.flow.graph import Node
 from normdoctor.flow.plan import FoldPlan, NewInput, plan_folds
@@ -260,3 +261,18 @@ def test_weights_that_wait_in_a_file_are_the_same(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(onnx_writing, "HELD", 0)
     written(path, tmp_path / "spooled.onnx")
     assert (tmp_path / "held.onnx").read_bytes() == (tmp_path / "spooled.onnx").read_bytes()
+
+
+def test_a_file_that_grows_says_why(tmp_path: Path) -> None:
+    """Weights that ConstantOfShape makes when the model runs are stored once they are folded into."""
+    weight = h.make_node("ConstantOfShape", ["shape"], ["w"], value=h.make_tensor("v", TensorProto.FLOAT, [1], [0.5]))
+    nodes = [weight, h.make_node("Conv", ["x", "w"], ["c"]), h.make_node("BatchNormalization", ["c", *"gbmv"], ["y"])]
+    numbers = {"g": np.ones(64), "b": np.ones(64), "m": np.ones(64), "v": np.ones(64)}
+    stored = [numpy_helper.from_array(values.astype(np.float32), name) for name, values in numbers.items()]
+    stored.append(numpy_helper.from_array(np.array([64, 64, 3, 3]), "shape"))
+    x = h.make_tensor_value_info("x", TensorProto.FLOAT, [1, 64, 5, 5])
+    y = h.make_tensor_value_info("y", TensorProto.FLOAT, [1, 64, 3, 3])
+    graph = h.make_graph(nodes, "g", [x], [y], stored)
+    onnx.save(h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=9), tmp_path / "m.onnx")
+    report = nd.fold(tmp_path / "m.onnx").report
+    assert report.folded == 1 and any("the file grows" in note for note in report.notes)

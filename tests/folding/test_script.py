@@ -151,3 +151,16 @@ def test_methods_that_freezing_would_lose(tmp_path: Path) -> None:
     with pytest.raises(nd.RefusedError, match="has the methods features beside forward") as caught:
         nd.fold(tmp_path / "model.pt", input_shape="2,3,6,6:float64")
     assert "--export onnx" in caught.value.hint
+
+
+def test_norms_inside_branches_are_named(tmp_path: Path) -> None:
+    class Inside(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            if bool(y.sum() > 0):
+                y = self.norm(y)
+            return self.head(y.mean((2, 3)))
+
+    torch.jit.script(trained(Inside())).save(str(tmp_path / "net.pt"))
+    folding = nd.fold(tmp_path / "net.pt", trust=True, input_shape="2,3,8,8:float64")
+    assert not folding.report.rows and any("inside a branch" in note for note in folding.report.notes)
