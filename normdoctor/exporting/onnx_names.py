@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-ONE_BATCH = "exported for one batch size: the code of the model does not take any other"
-"""A note on a file whose batch axis is not free."""
-
 
 def unique_names(names: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
     """The names as identifiers, each once and none of those taken.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch.jit._trace import TracerWarning
 from torch.utils import _pytree
 
 from normdoctor.errors import InputError, NormDoctorError, UsageError
-from normdoctor.exporting.onnx_names import ONE_BATCH, unique_names
+from normdoctor.exporting.onnx_names import unique_names
 from normdoctor.layers import load
 from normdoctor.models.architecture import one_line
 from normdoctor.models.inputs import Example
@@ -37,10 +37,17 @@ INLINE_BYTES = 1 << 30
 
 BATCH = "batch"
 
+ENDLESS = 1 << 40
+"""No batch has more samples."""
+
+DECIDES = "the code decides by it"
+
+LEAVE_OUT = "Leave --opset out, or give 18 to 20: these always work."
+
 TORCH = f"torch {torch.__version__.partition('+')[0]}"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Exported:
     """An ONNX file, and how its inputs and outputs are called."""
 
@@ -52,6 +59,8 @@ class Exported:
     lengths: dict[str, int | None]
     """Of the first axis of each output; None where it has none."""
     notes: list[str] = field(default_factory=list)
+    any_batch: bool = False
+    """Whether the first axis of an input is free."""
 
     def arrays(self, example: Example) -> dict[str, NDArray[Any]]:
         """The tensors of other arguments of the same form, by name."""
@@ -67,6 +76,8 @@ def export_onnx(
     Raises CannotRunError for inputs that do not fit, UsageError for an opset that cannot be written, InputError for
     what torch cannot export."""
     _check_opset(opset)
+    if loaded.kind is Kind.SCRIPT and opset is not None and opset not in OLD_EXPORTER_OPSETS:
+        raise UsageError(f"--opset {opset}: {TORCH} exports TorchScript to {_span(OLD_EXPORTER_OPSETS)}", LEAVE_OUT)
     results = run(loaded, example)
     given = {name: value for name, value in named_inputs(loaded, example).items() if isinstance(value, torch.Tensor)}
     names = unique_names(given)
@@ -83,7 +94,8 @@ def export_onnx(
     try:
         if loaded.kind is not Kind.PROGRAM:
             loaded.model.eval()
-        for attempt, note in _attempts(loaded, example, exported, opset, static):
+        for attempt in _attempts(loaded, example, exported, opset, static):
+            exported.notes.clear()
             try:
                 with torch.no_grad(), quiet():
                     attempt()
@@ -91,7 +103,7 @@ def export_onnx(
             except Exception as error:  # exporters raise anything
                 first = first or error
                 continue
-            exported.notes.extend([note] if note else [])
+            _tell_lengths(exported, _batch(example), loaded.kind, static)
             return exported
     finally:
         if flat is not None:
@@ -99,7 +111,7 @@ def export_onnx(
         for inner, training in modes.items():
             inner.training = training
     if first is None:
-        raise UsageError(f"--opset {opset}: {TORCH} cannot write it", "18 to 20 always work.")
+        raise UsageError(f"--opset {opset}: {TORCH} cannot write it", LEAVE_OUT)
     if isinstance(first, NormDoctorError):
         raise first
     raise InputError(
@@ -113,7 +125,11 @@ def _check_opset(opset: int | None) -> None:
 
     newest = onnx.defs.onnx_opset_version()
     if opset is not None and opset > newest:
-        raise UsageError(f"--opset {opset}: the onnx package here knows up to {newest}", "18 to 20 always work.")
+        raise UsageError(f"--opset {opset}: the onnx package here knows up to {newest}", LEAVE_OUT)
+
+
+def _span(opsets: range) -> str:
+    return f"opsets {opsets[0]} to {opsets[-1]}"
 
 
 def _flat(_: Any, given: Any, outputs: Any) -> tuple[torch.Tensor, ...]:
@@ -121,29 +137,53 @@ def _flat(_: Any, given: Any, outputs: Any) -> tuple[torch.Tensor, ...]:
     return tuple(tensor for _, tensor in flatten(outputs))
 
 
-Attempt = tuple[Callable[[], None], str]
-
-
 def _attempts(
     loaded: Loaded, example: Example, exported: Exported, opset: int | None, static: bool
-) -> Iterator[Attempt]:
+) -> Iterator[Callable[[], None]]:
     """Ways to write the file, the best first."""
     new = opset is None or opset >= OLDEST_OPSET
-    old = loaded.kind is not Kind.PROGRAM and (opset is None or opset in OLD_EXPORTER_OPSETS)
+    old = opset is None or opset in OLD_EXPORTER_OPSETS
     if loaded.kind is Kind.PROGRAM:
         # Its batch axis is as free as it was when it was exported.
-        yield partial(_write, loaded.model, exported, opset), ""
+        if new:
+            yield partial(_write, loaded.model, exported, opset)
+        if old:
+            yield partial(_export_old, _as_module(loaded), example, exported, opset, _free_inputs(loaded, exported))
         return
     if new and loaded.kind is Kind.MODULE:
         if not static:
             larger = _two_samples(example)
             for dim in (torch.export.Dim(BATCH), torch.export.Dim.AUTO):
-                yield partial(_export, loaded.model, larger, exported, opset, dim), ""
-        yield partial(_export, loaded.model, example, exported, opset, None), "" if static else ONE_BATCH
+                yield partial(_export, loaded.model, larger, exported, opset, dim, _batch(example))
+        yield partial(_export, loaded.model, example, exported, opset)
     if old:
-        if not static:
-            yield partial(_export_old, loaded, example, exported, opset, free=True), ""
-        yield partial(_export_old, loaded, example, exported, opset, free=False), "" if static else ONE_BATCH
+        batch = _batch(example)
+        if not static and batch:
+            free = {name for name, value in exported.inputs.items() if _has_batch(value, batch)}
+            yield partial(_export_old, loaded, example, exported, opset, free)
+        yield partial(_export_old, loaded, example, exported, opset)
+
+
+def _as_module(loaded: Loaded) -> Loaded:
+    """A program as what the exporter on TorchScript takes; it has its modes in the graph."""
+    module = loaded.module
+    module.train = lambda mode=True: module
+    module.eval = lambda: module
+    return replace(loaded, kind=Kind.MODULE, model=module)
+
+
+def _free_inputs(loaded: Loaded, exported: Exported) -> set[str]:
+    """The inputs of a program whose first axis is free in it."""
+    placeholders = {node.name: node.meta.get("val") for node in loaded.model.graph.nodes if node.op == "placeholder"}
+    given = [placeholders.get(name) for name in loaded.model.graph_signature.user_inputs if isinstance(name, str)]
+    tensors = [value for value in given if isinstance(value, torch.Tensor)]
+    if len(tensors) != len(exported.inputs):
+        return set()
+    return {
+        name
+        for name, value in zip(exported.inputs, tensors, strict=True)
+        if value.ndim and not isinstance(value.shape[0], int)
+    }
 
 
 def _two_samples(example: Example) -> Example:
@@ -168,7 +208,10 @@ def _has_batch(leaf: Any, batch: int) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
 
 
-def _export(model: Any, example: Example, exported: Exported, opset: int | None, dim: Any) -> None:
+def _export(
+    model: Any, example: Example, exported: Exported, opset: int | None, dim: Any = None, asked: int = 0
+) -> None:
+    """dim: what the batch axis is, None where it has a length. asked: the length that the caller's example has."""
     shapes = None
     if dim is not None:
         batch = _batch(example)
@@ -181,7 +224,40 @@ def _export(model: Any, example: Example, exported: Exported, opset: int | None,
         bound = inspect.signature(model.forward).bind(*example.args, **example.kwargs).arguments
         shapes = {name: _pytree.tree_map(free, value) for name, value in bound.items()}
     program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
+    if dim is not None:
+        lengths = program.range_constraints.values()
+        least = max((int(length.lower) for length in lengths if length.lower > 2), default=0)
+        if not least and not _holds_for_one(program, model, example):
+            least = 2
+        most = [int(length.upper) for length in lengths if length.upper < ENDLESS]
+        if not lengths or least > asked or min(most, default=asked) < asked:
+            raise ValueError("the code decides by the length of the batch")  # and may do so otherwise for the example
+        bounds = ([f"at least {least}"] if least else []) + ([f"at most {min(most)}"] if most else [])
+        if bounds:
+            exported.notes.append(f"exported for a batch of {' and '.join(bounds)}: {DECIDES}")
     _write(program, exported, opset, shapes)
+
+
+def _holds_for_one(program: Any, model: Any, example: Example) -> bool:
+    """Whether a program does with one sample what the model does: tracers take every free length to be 2 or more."""
+    batch = _batch(example)
+
+    def single(leaf: Any) -> Any:
+        return leaf[:1] if _has_batch(leaf, batch) else leaf
+
+    args, kwargs = _pytree.tree_map(single, (example.args, example.kwargs))
+    try:
+        expected = dict(flatten(model(*args, **kwargs)))
+    except Exception:  # the model itself takes no single sample
+        return True
+    try:
+        found = dict(flatten(program.module()(*args, **kwargs)))
+    except Exception:
+        return False
+    return expected.keys() == found.keys() and all(
+        value.shape == found[name].shape and torch.allclose(value, found[name], 1e-2, 1e-3, equal_nan=True)
+        for name, value in expected.items()
+    )
 
 
 def _write(program: Any, exported: Exported, opset: int | None, shapes: Any = None) -> None:
@@ -203,19 +279,17 @@ def _write(program: Any, exported: Exported, opset: int | None, shapes: Any = No
     )
 
 
-def _export_old(loaded: Loaded, example: Example, exported: Exported, opset: int | None, *, free: bool) -> None:
+def _export_old(
+    loaded: Loaded, example: Example, exported: Exported, opset: int | None, free: Iterable[str] = ()
+) -> None:
+    """free: the inputs whose first axis gets no length."""
     inputs, outputs = list(exported.inputs), list(exported.outputs)
-    axes = {}
-    if free:
-        batch = _batch(example)
-        sizes = {name: value for name, value in exported.inputs.items() if _has_batch(value, batch)}
-        axes = {name: {0: BATCH} for name in sizes}
-        axes |= {name: {0: BATCH} for name in exported.outputs if exported.lengths[name] == batch}
-        if not sizes:
-            raise ValueError("the inputs have no batch axis in common")
+    lengths = {len(exported.inputs[name]) for name in free}
+    freed = {*free, *(name for name in outputs if exported.lengths[name] in lengths)}
+    axes = {name: {0: BATCH} for name in (*inputs, *outputs) if name in freed}
     options: Mapping[str, Any] = {"opset_version": opset} if opset else {}
     with warnings.catch_warnings():
-        if free:  # a length that Python computed with: it would hold for this batch alone
+        if axes:  # a length that Python computed with: it would hold for this batch alone
             warnings.simplefilter("error", TracerWarning)
         torch.onnx.export(
             loaded.model,
@@ -235,6 +309,34 @@ def _is_large(tensors: Any) -> bool:
     return bool(sum(tensor.numel() * tensor.element_size() for tensor in tensors) > INLINE_BYTES)
 
 
+def _tell_lengths(exported: Exported, batch: int, kind: Kind, static: bool) -> None:
+    """Lengths that the exporter wrote as names ("2") become lengths, and a note says where the batch axis has one."""
+    import onnx
+
+    model = onnx.load(str(exported.path), load_external_data=False)
+    changed = False
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param.isdecimal():
+                axis.dim_value = int(axis.dim_param)
+                changed = True
+    if changed:
+        exported.path.write_bytes(model.SerializeToString())
+    first = {value.name: list(value.type.tensor_type.shape.dim)[:1] for value in model.graph.input}
+    free = {name for name, axes in first.items() if axes and not axes[0].HasField("dim_value")}
+    fixed = [name for name in first if name not in free and _has_batch(exported.inputs.get(name), batch)]
+    exported.any_batch = bool(free)
+    if static or (not fixed and (free or batch)):
+        return
+    why = "so was the program" if kind is Kind.PROGRAM else DECIDES
+    where = f" of {', '.join(fixed)}" if free else ""
+    exported.notes.append(
+        f"exported for a batch of {batch} alone{where}: {why}"
+        if batch
+        else "exported for these shapes alone: the inputs have no batch axis in common"
+    )
+
+
 def _check(path: Path, opset: int | None) -> None:
     """Raise where the file is not what was asked for, or breaks the rules of ONNX."""
     import onnx
@@ -243,7 +345,7 @@ def _check(path: Path, opset: int | None) -> None:
     model = onnx.load(str(path), load_external_data=False)
     written = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
     if opset is not None and written != opset:
-        raise UsageError(f"--opset {opset}: the exporter wrote {written}", "Leave --opset out.")
+        raise UsageError(f"--opset {opset}: the exporter wrote {written}", LEAVE_OUT)
 
 
 @dataclass(frozen=True, eq=False)

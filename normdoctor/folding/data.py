@@ -130,14 +130,7 @@ def load_data(path: Path, wanted: Sequence[Wanted]) -> Arrays:
     """The arrays of a .npz file by input name, or of a .npy file for the only input.
 
     Raises InputError for a file that is neither, UsageError for arrays that do not fit the model."""
-    try:
-        arrays = _read(path, wanted)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file", "Check the path given with --data.") from None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
-        raise _unreadable(path, error) from None
-    except (NotImplementedError, RuntimeError, SyntaxError) as error:  # a compression or a password, an odd header
-        raise _unreadable(path, error) from None
+    arrays = read_data(path, wanted)
     names = [entry.name for entry in wanted]
     for name in arrays:
         if name not in names:
@@ -145,7 +138,21 @@ def load_data(path: Path, wanted: Sequence[Wanted]) -> Arrays:
     missing = [name for name in names if name not in arrays]
     if missing:
         raise UsageError(f"{path}: has nothing for input {missing[0]}", _listed(wanted))
-    return {entry.name: _fitted(path, arrays[entry.name], entry) for entry in wanted}
+    return {entry.name: fitted(path, arrays[entry.name], entry) for entry in wanted}
+
+
+def read_data(path: Path, wanted: Sequence[Wanted]) -> Mapping[str, NDArray[np.generic]]:
+    """The arrays of a .npz file by their names, that of a .npy file by the name of the only input wanted.
+
+    Raises InputError for a file that is neither, UsageError for a .npy file where more inputs are wanted."""
+    try:
+        return _read(path, wanted)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file", "Check the path given with --data.") from None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
+        raise _unreadable(path, error) from None
+    except (NotImplementedError, RuntimeError, SyntaxError) as error:  # a compression or a password, an odd header
+        raise _unreadable(path, error) from None
 
 
 def _read(path: Path, wanted: Sequence[Wanted]) -> Mapping[str, NDArray[np.generic]]:
@@ -182,7 +189,7 @@ def _unreadable(path: Path, error: Exception) -> InputError:
     return InputError(f"{path}: cannot be read as .npz or .npy ({lines[0][:200]})", "Save it with numpy.savez.")
 
 
-def _fitted(path: Path, array: NDArray[np.generic], wanted: Wanted) -> NDArray[np.generic]:
+def fitted(path: Path, array: NDArray[np.generic], wanted: Wanted) -> NDArray[np.generic]:
     """The array in the input's own type."""
     found = " x ".join(map(str, array.shape)) or "a single number"
     if not _fits(array.shape, wanted.shape):

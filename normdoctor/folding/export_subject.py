@@ -65,12 +65,9 @@ class ExportSubject:
 
     @cached_property
     def _example(self) -> Example:
-        from normdoctor.models.loaded import example_of
-        from normdoctor.models.with_torch import make_example
+        from normdoctor.folding.module_feeds import example_for
 
-        if self.request.example_inputs is not None:
-            return example_of(self.request.example_inputs)
-        return make_example(self._loaded, self.request.specs, seed=self.request.seed)
+        return example_for(self.request, self._loaded)
 
     def original(self) -> Runnable:
         from normdoctor.folding.with_torch import Runner

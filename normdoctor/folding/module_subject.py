@@ -12,10 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normdoctor.exporting.onnx_names import ONE_BATCH
 from normdoctor.flow.graph import Graph, Node
 from normdoctor.flow.plan import FoldPlan
-from normdoctor.folding.module_feeds import feeds_of
+from normdoctor.folding.module_feeds import example_for, feeds_of
 from normdoctor.folding.module_ways import variants_of
 from normdoctor.folding.opening import Request
 from normdoctor.folding.subjects import Feed, Subject
@@ -90,8 +89,7 @@ class ModuleSubject:
 
 def load_model(request: Request) -> tuple[Loaded, Example]:
     """The model and its example inputs. Raises what `open_model` and `make_example` raise."""
-    from normdoctor.models.loaded import example_of
-    from normdoctor.models.with_torch import make_example, open_model, take
+    from normdoctor.models.with_torch import open_model, take
 
     if request.path is None:
         loaded = take(request.model)
@@ -99,9 +97,7 @@ def load_model(request: Request) -> tuple[Loaded, Example]:
         loaded = open_model(
             request.path, trust=request.trust, arch=request.arch, arch_args=request.arch_args, key=request.key
         )
-    if request.example_inputs is not None:
-        return loaded, example_of(request.example_inputs)
-    return loaded, make_example(loaded, request.specs, seed=request.seed)
+    return loaded, example_for(request, loaded)
 
 
 @contextmanager
@@ -168,10 +164,7 @@ class ExportedSubject:
         return self.inner.refused(plan)
 
     def feeds(self) -> Iterator[Feed]:
-        if self.request.data is not None:
-            yield from self.inner.feeds()
-            return
-        several = not self.request.static and ONE_BATCH not in self.notes
+        several = not self.request.static and self.source.exported.any_batch
         for feed in feeds_of(self.request, self.source.loaded, self.source.example, several=several):
             yield Feed(self.source.exported.arrays(feed.inputs), feed.words)
 

@@ -165,6 +165,20 @@ def with_length(example: Example, axis: int, old: int, new: int, *, images: bool
     return Example(tuple(args), dict(kwargs))
 
 
+def argument_of(loaded: Loaded, path: Path, name: str, array: NDArray[Any], dtype: str | None) -> Any:
+    """An array of --data as the argument of this name: a tensor, or a number where TorchScript wants one.
+
+    dtype: torch's name; None for the array's own type, or the float type of the model for floats."""
+    if dtype is None:
+        dtype = str(dtype_of(loaded)).removeprefix("torch.") if array.dtype.kind == "f" else str(array.dtype)
+    value = fitted(path, array, Wanted(name, None, dtype))
+    if loaded.kind is Kind.SCRIPT and not value.ndim:
+        kinds = {entry.name: str(entry.type) for entry in loaded.model.forward.schema.arguments}
+        if kinds.get(name) in ("int", "float", "bool", "number"):
+            return value.item()
+    return torch.from_numpy(np.array(value)).to(getattr(torch, dtype)).to(device_of(loaded))
+
+
 def named_tensors(loaded: Loaded, example: Example) -> Iterator[tuple[str, int | str, torch.Tensor]]:
     """The tensors among the arguments: name, place or keyword, value."""
     names = [name for name in parameters_of(loaded) if not name.startswith("*")]

@@ -52,6 +52,18 @@ def parameters_of(loaded: Loaded) -> list[str]:
     return [stars.get(parameter.kind.name, "") + parameter.name for parameter in found]
 
 
+def required_of(loaded: Loaded) -> list[str]:
+    """The arguments of forward that have no default; as far as they can be told."""
+    if loaded.kind is Kind.SCRIPT:
+        return [entry.name for entry in loaded.model.forward.schema.arguments[1:] if not entry.has_default_value()]
+    forward = getattr(loaded.module, "forward", loaded.module)
+    try:
+        found = inspect.signature(forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [entry.name for entry in found if entry.default is entry.empty and "VAR" not in entry.kind.name]
+
+
 def example_of(value: Any) -> Example:
     """The example inputs as a caller gives them: a tensor, a tuple of arguments, a dictionary of named ones."""
     if isinstance(value, Example):
