@@ -5,9 +5,10 @@ do_constant_folding=False (the older one on TorchScript)."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -283,13 +284,14 @@ def _export_old(
     loaded: Loaded, example: Example, exported: Exported, opset: int | None, free: Iterable[str] = ()
 ) -> None:
     """free: the inputs whose first axis gets no length."""
+    graph = isinstance(loaded.model, torch.fx.GraphModule)  # a program: its free lengths are free
     inputs, outputs = list(exported.inputs), list(exported.outputs)
     lengths = {len(exported.inputs[name]) for name in free}
     freed = {*free, *(name for name in outputs if exported.lengths[name] in lengths)}
     axes = {name: {0: BATCH} for name in (*inputs, *outputs) if name in freed}
     options: Mapping[str, Any] = {"opset_version": opset} if opset else {}
-    with warnings.catch_warnings():
-        if axes:  # a length that Python computed with: it would hold for this batch alone
+    with warnings.catch_warnings(), _no_dumps():
+        if axes and not graph:  # a length that Python computed with: it would hold for this batch alone
             warnings.simplefilter("error", TracerWarning)
         torch.onnx.export(
             loaded.model,
@@ -305,6 +307,17 @@ def _export_old(
         )
 
 
+@contextlib.contextmanager
+def _no_dumps() -> Iterator[None]:
+    """The older exporter prints the whole graph where it fails, past sys.stdout."""
+    log = torch._C._jit_onnx_log
+    torch._C._jit_onnx_log = lambda *_: None
+    try:
+        yield
+    finally:
+        torch._C._jit_onnx_log = log
+
+
 def _is_large(tensors: Any) -> bool:
     return bool(sum(tensor.numel() * tensor.element_size() for tensor in tensors) > INLINE_BYTES)
 
@@ -314,14 +327,17 @@ def _tell_lengths(exported: Exported, batch: int, kind: Kind, static: bool) -> N
     import onnx
 
     model = onnx.load(str(exported.path), load_external_data=False)
-    changed = False
+    before = model.SerializeToString()
+    batches = {value.type.tensor_type.shape.dim[0].dim_param for value in model.graph.input if _rank(value)} - {""}
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         for axis in value.type.tensor_type.shape.dim:
             if axis.dim_param.isdecimal():
                 axis.dim_value = int(axis.dim_param)
-                changed = True
-    if changed:
-        exported.path.write_bytes(model.SerializeToString())
+            elif {axis.dim_param} == batches:
+                axis.dim_param = "batch"  # torch has a number for it: s77
+    after = model.SerializeToString()
+    if after != before:
+        exported.path.write_bytes(after)
     first = {value.name: list(value.type.tensor_type.shape.dim)[:1] for value in model.graph.input}
     free = {name for name, axes in first.items() if axes and not axes[0].HasField("dim_value")}
     fixed = [name for name in first if name not in free and _has_batch(exported.inputs.get(name), batch)]
@@ -335,6 +351,10 @@ def _tell_lengths(exported: Exported, batch: int, kind: Kind, static: bool) -> N
         if batch
         else "exported for these shapes alone: the inputs have no batch axis in common"
     )
+
+
+def _rank(value: Any) -> int:
+    return len(value.type.tensor_type.shape.dim)
 
 
 def _check(path: Path, opset: int | None) -> None:

@@ -201,7 +201,7 @@ def fitted(path: Path, array: NDArray[np.generic], wanted: Wanted) -> NDArray[np
         )
     if not array.size:
         raise UsageError(f"{path}: {wanted.name} is empty ({found})", "Give at least one sample.")
-    return np.ascontiguousarray(array.astype(dtype))
+    return array.astype(dtype, order="C")  # a single number stays one
 
 
 def _fits(shape: Sequence[int], wanted: Shape | None) -> bool:

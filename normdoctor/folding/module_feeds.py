@@ -68,7 +68,9 @@ def _from_data(request: Request, loaded: Loaded) -> Example:
     missing = [name for name in needed if name not in arrays]
     if missing:
         raise UsageError(f"{request.data}: has nothing for input {missing[0]}", listed)
-    specs = {spec.name or (known[place] if place < len(known) else ""): spec for place, spec in enumerate(request.specs)}
+    specs = {
+        spec.name or (known[place] if place < len(known) else ""): spec for place, spec in enumerate(request.specs)
+    }
     for name, spec in specs.items():
         if name not in arrays or arrays[name].shape != spec.shape:
             found = "x".join(map(str, arrays[name].shape)) or "a single number" if name in arrays else "not there"

@@ -65,14 +65,8 @@ class ModuleSubject:
         from normdoctor.folding.with_torch import apply, save
 
         path = self.request.path
-        whole = path is not None and self.request.arch is None and self.request.key is None
-        if (
-            output is not None
-            and plan.changes_nothing
-            and whole
-            and not self.request.state_dict
-            and not self.loaded.notes
-        ):
+        whole = path is not None and self.request.arch is None and self.request.key is None and not self.loaded.notes
+        if output is not None and plan.changes_nothing and whole and not self.request.state_dict:
             assert path is not None
             shutil.copyfile(path, output)
             return self.loaded.model
@@ -196,5 +190,9 @@ def _exported(request: Request, loaded: Loaded, example: Example, path: Path) ->
     )
     with open_onnx(inner) as subject:
         notes = [*subject.notes, *loaded.notes, *exported.notes]
-        form = f"{subject.format}, exported from a {loaded.kind.value}"
+        form = f"{subject.format}, exported from {_with_article(loaded.kind.value)}"
         yield ExportedSubject(request, subject, NamedRunner(loaded, example, exported), form, notes)
+
+
+def _with_article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"

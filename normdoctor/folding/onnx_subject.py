@@ -45,7 +45,7 @@ class OnnxSubject:
         request = self.request
         takes = [Wanted(*described) for described in self._original.inputs()]
         if request.data is not None:
-            yield Feed(load_data(request.data, takes), str(request.data))
+            yield Feed(load_data(request.data, with_shapes(takes, request.specs)), str(request.data))
             return
         for inputs in random_inputs(with_shapes(takes, request.specs), request.seed):
             shapes = ", ".join(f"{name} {'x'.join(map(str, array.shape))}" for name, array in list(inputs.items())[:4])

@@ -17,10 +17,11 @@ from torch.utils import _pytree
 from normdoctor.errors import RefusedError
 from normdoctor.flow.graph import Fixed
 from normdoctor.flow.plan import FoldPlan, NewInput
+from normdoctor.folding.data import Wanted, fitted
 from normdoctor.models.architecture import one_line
 from normdoctor.models.inputs import Example
-from normdoctor.models.loaded import Loaded, parameters_of
-from normdoctor.models.with_torch import copied, device_of, example_in_float64, in_float64, quiet, run
+from normdoctor.models.loaded import Kind, Loaded, parameters_of
+from normdoctor.models.with_torch import copied, device_of, dtype_of, example_in_float64, in_float64, quiet, run
 from normdoctor.readers.arrays import decode, encode
 from normdoctor.tracing.sites import Sites
 from normdoctor.writing import replacing

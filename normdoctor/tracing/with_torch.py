@@ -22,6 +22,9 @@ from normdoctor.tracing.sites import Calls, Sites, mark_sites
 
 ROOT = "model"
 
+NAMED = 5
+"""How many names a note gives."""
+
 
 class _Flat(nn.Module):
     """A module that takes and gives a flat row of tensors, however nested its arguments and outputs are."""
@@ -122,9 +125,6 @@ def _never_called(model: nn.Module, calls: Mapping[int, Calls], recording: Recor
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         yield f"never called with these inputs, so no run has seen them: {', '.join(names[:NAMED])}{more}"
 
-
-NAMED = 5
-"""How many names a note gives."""
 
 PLAIN = frozenset(dir(nn.Identity())) | frozenset(vars(nn.Identity()))
 

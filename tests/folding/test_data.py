@@ -72,6 +72,16 @@ def test_shapes_that_do_not_fit(texts: list[str], message: str) -> None:
     assert "x (? x 3 x ? x 8, float32)" in caught.value.message + caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("text", "example"),
+    [("5,3,8,8:int64", "x=5,3,8,8:float32"), ("5,4,6,8", "x=5,3,6,8:float32"), ("3,8", "x=2,3,2,8:float32")],
+)
+def test_the_hint_is_an_example(text: str, example: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        with_shapes([IMAGE], parse_input_shapes([text]))
+    assert caught.value.hint == f"Write --input-shape {example}."
+
+
 def saved(path: Path, **arrays: Any) -> Path:
     np.savez(path, **arrays)
     return path

@@ -276,7 +276,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[str, str]], Any]
     ),
     "no running statistics": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
-        {"1": ("left", "training-mode")},
+        {"1": ("left", "no-running-statistics")},
         images,
     ),
 }

@@ -11,6 +11,7 @@ import torch
 
 import normdoctor as nd
 from normdoctor.errors import CannotRunError
+from normdoctor.models.architecture import users_code
 from normdoctor.models.inputs import parse_input_shapes
 from normdoctor.models.loaded import Kind, Loaded
 from normdoctor.models.with_torch import dtype_of, make_example, open_model, run
@@ -147,7 +148,7 @@ def test_a_tied_weight_need_not_be_in_the_file(tmp_path: Path, monkeypatch: pyte
         ([], nd.UsageError, r"shapes of its inputs \(image, scale\)", "--input-shape"),
         (["picture=1,3,6,6"], nd.UsageError, "takes no picture", "image, scale"),
         (["1,4,6,6"], CannotRunError, "to have 3 channels, but got 4", "(image, scale)"),
-        (["1,3,6,6", "1,9"], CannotRunError, r"on \[1, 3, 6, 6\], \[1, 9\]", "--input-shape"),
+        (["1,3,6,6", "1,9"], CannotRunError, r"on image 1x3x6x6, scale 1x9", "--input-shape"),
         (["1,3,6,6:int64"], CannotRunError, "int64", "--input-shape"),
     ],
 )
@@ -165,3 +166,10 @@ def test_inputs_by_name(here: Path) -> None:
     example = make_example(loaded, parse_input_shapes(["image=1,3,6,6", "scale=1,8"]))
     assert set(example.kwargs) == {"image", "scale"}
     assert run(loaded, example)["output"].shape == (1, 5)
+
+
+@pytest.mark.parametrize(("package", "name"), [("sklearn", "scikit-learn"), ("yaml", "PyYAML"), ("nowhere", "nowhere")])
+def test_what_pip_calls_a_missing_package(here: Path, package: str, name: str) -> None:
+    with pytest.raises(nd.MissingDependencyError) as caught, users_code("--arch x:Y"):
+        raise ModuleNotFoundError(f"No module named '{package}.inner'", name=f"{package}.inner")
+    assert caught.value.hint.endswith(f"pip install {name}")
