@@ -230,6 +230,11 @@ def _build(checkpoint: Checkpoint, arch: str, arguments: str | Mapping[str, Any]
     _retype(module, values)
     with users_code(f"--arch {arch}"), torch.no_grad():
         module.load_state_dict(values, strict=False)
+    if any(not reference.name for reference in checkpoint.list_references()):
+        notes = [
+            *notes,
+            "only the model is written: training state in the file (of an optimizer) is dropped",
+        ]
     return Loaded(Kind.MODULE, module, checkpoint.path, evaluation=True, notes=notes)
 
 

@@ -173,3 +173,19 @@ def test_what_pip_calls_a_missing_package(here: Path, package: str, name: str) -
     with pytest.raises(nd.MissingDependencyError) as caught, users_code("--arch x:Y"):
         raise ModuleNotFoundError(f"No module named '{package}.inner'", name=f"{package}.inner")
     assert caught.value.hint.endswith(f"pip install {name}")
+
+
+def test_training_state_beside_the_weights_is_said_to_be_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny_net.py").write_text(
+        "from torch import nn\n\ndef make(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    torch.save({"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}, "run.pt")
+    report = nd.fold("run.pt", arch="tiny_net:make", input_shape="2,3,8,8").report
+    assert any("optimizer" in note for note in report.notes)
