@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normdoctor.errors import InputError
+from normdoctor.measured import Measured, Measurement
 
 Vector = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -150,6 +151,8 @@ class NormLayer:
     """Other names under which the same tensors are stored (one module used in several places)."""
     stored_names: Mapping[str, str] = field(default_factory=dict)
     """Field → the name that the file has for it, where that is not torch's own (weight → gamma)."""
+    measured: Measured | None = None
+    """What its inputs were on calibration data, where there is any."""
     wrappers: tuple[str, ...] = ()
     """The parts of `name` that a wrapper inserted and `path` is without (module, _orig_mod)."""
 
@@ -301,6 +304,8 @@ class Model:
     near_misses: tuple[NearMiss, ...] = ()
     averaged: str | None = None
     """What in the file says that these weights are an average of several (n_averaged = 12, an EMA key)."""
+    measurement: Measurement | None = None
+    """What was seen of it on calibration data, where there is any."""
 
     @cached_property
     def untrained(self) -> bool:

@@ -15,14 +15,17 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own floor's folder-mates below and from lower floors only.
 FLOORS = [
-    {"errors"},
+    {"errors", "moments"},
+    {"measured"},
     {"layers"},
     {"findings", "flow"},
     {"readers", "rules", "writing"},
-    {"inspection"},
-    {"baseline", "configuration"},
     {"models"},
     {"exporting", "torchscript", "tracing"},
+    {"data", "programs"},
+    {"measurement"},
+    {"inspection"},
+    {"baseline", "configuration"},
     {"recalibration", "folding"},
     {"reports"},
     {"commands"},

@@ -1,0 +1,1 @@
+"""What the norms of a model really see on the user's data."""
