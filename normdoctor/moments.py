@@ -29,9 +29,12 @@ class Moments:
         >>> Moments.of(np.array([[1.0, 10.0], [3.0, 10.0]]))
         Moments(count=2, mean=array([ 2., 10.]), m2=array([2., 0.]))
         """
-        wide = np.moveaxis(np.asarray(values, dtype=np.float64), axis, 0).reshape(values.shape[axis], -1)
-        mean = wide.mean(axis=1)
-        return cls(wide.shape[1], mean, np.square(wide - mean[:, None]).sum(axis=1))
+        wide = np.asarray(values, dtype=np.float64)
+        if wide.ndim != 2 or axis != 1:
+            wide = np.moveaxis(wide, axis, -1).reshape(-1, values.shape[axis])
+        mean = wide.mean(axis=0)
+        centred = wide - mean
+        return cls(len(wide), mean, np.einsum("nc,nc->c", centred, centred))
 
     @classmethod
     def none(cls, channels: int) -> Moments:
@@ -60,3 +63,14 @@ class Moments:
 def merged(parts: Iterable[Moments]) -> Moments:
     """All of them together, added in the order given, so that the same parts give the same bits."""
     return reduce(Moments.__add__, parts)
+
+
+def divergence(
+    moments: Moments, mean: NDArray[np.float64], var: NDArray[np.float64], eps: float = 0.0
+) -> NDArray[np.float64]:
+    """KL(N(data) || N(mean, var)) of each channel in nats: 1/2 [ln(v/u) + (u + (m - mean)^2)/v - 1], where m, u are
+    the data's and v is var; eps is added to both variances. NaN where a variance is not positive."""
+    stored, seen = var + eps, moments.variance() + eps
+    with np.errstate(all="ignore"):
+        value = 0.5 * (np.log(stored / seen) + (seen + np.square(moments.mean - mean)) / stored - 1)
+    return np.asarray(np.where((stored > 0) & (seen > 0), value, np.nan))

@@ -17,6 +17,9 @@ from normdoctor.moments import Moments
 
 Vector = NDArray[np.float64]
 
+MOST_POINTS = 8192
+"""Points of a curve that are kept."""
+
 
 @dataclass(frozen=True)
 class Look:
@@ -54,7 +57,15 @@ class TokensSeen:
     saturated: int = 0
     """Values where the slope is under a tenth of the steepest."""
     points: NDArray[np.float64] | None = None
-    """Shape (n, 2): inputs and what the norm without its affine part makes of them, a sample of a few thousand."""
+    """Shape (n, 2): inputs and what the norm without its affine part makes of them, a few of each batch."""
+
+    def __add__(self, other: TokensSeen) -> TokensSeen:
+        points = None
+        if self.points is not None and other.points is not None:
+            points = self.points if len(self.points) >= MOST_POINTS else np.concatenate([self.points, other.points])
+        return TokensSeen(
+            self.count + other.count, self.starved + other.starved, self.saturated + other.saturated, points
+        )
 
 
 class Pause:

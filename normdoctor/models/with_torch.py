@@ -181,6 +181,24 @@ def take(module: nn.Module) -> Loaded:
     return Loaded(kind, copied(module), type(module).__name__)
 
 
+def live(module: nn.Module) -> Loaded:
+    """A live module itself, for who puts it back as it was."""
+    module = unwrap(module)
+    kind = Kind.SCRIPT if isinstance(module, torch.jit.ScriptModule) else Kind.MODULE
+    return Loaded(kind, module, type(module).__name__)
+
+
+def moved(loaded: Loaded, device: str) -> Loaded:
+    """The model of a file on another device. Raises UsageError for one that is not there."""
+    if loaded.kind is Kind.PROGRAM:
+        raise UsageError(f"{loaded.name}: an exported program stays where it was exported", "Leave out --device.")
+    try:
+        loaded.model.to(device)
+    except Exception as error:  # torch raises anything for a name or a device it does not know
+        raise UsageError(f"--device {device}: {one_line(error)}", "Give cpu, cuda or cuda:1.") from None
+    return loaded
+
+
 def copied(model: Any, *, parameters: bool = True) -> Any:
     """A deep copy. Tensors that were computed (the weight of weight_norm) are copied as values.
 
@@ -336,14 +354,14 @@ def run(loaded: Loaded, example: Example) -> dict[str, NDArray[Any]]:
             torch.manual_seed(SEED)
             outputs = module(*copy.deepcopy(example.args), **copy.deepcopy(example.kwargs))
     except (Exception, SystemExit) as error:
-        raise _cannot_run(loaded, example, error) from error
+        raise cannot_run(loaded, example, error) from error
     finally:
         for inner, training in modes.items():
             inner.training = training
     return {name: LiveArray(tensor).load() for name, tensor in flatten(outputs)}
 
 
-def _cannot_run(loaded: Loaded, example: Example, error: BaseException) -> NormDoctorError:
+def cannot_run(loaded: Loaded, example: Example, error: BaseException) -> NormDoctorError:
     text = one_line(error)
     if isinstance(error, NotImplementedError) or "is not implemented for" in text or "does not exist" in text:
         return CannotRunError(

@@ -1,0 +1,252 @@
+"""Everything that `inspect` wants to know of a model on the user's data, in as few passes as it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from normdoctor.data import Batch
+from normdoctor.data.dataset import Dataset
+from normdoctor.errors import CannotRunError, InputError, MisfitError, UsageError
+from normdoctor.layers import NormLayer, median
+from normdoctor.measured import Measured, Measurement, Preprocessing
+from normdoctor.measurement.lockstep import Progress, Tallies, as_stored, one_pass, silent
+from normdoctor.measurement.opening import Opened
+from normdoctor.measurement.scores import Arrays, changed, disagreeing, hits, scores_of
+from normdoctor.measurement.walks import Look, Walker
+from normdoctor.moments import Moments, divergence
+
+COMPARED = 8
+"""Batches that are run once more with the statistics of the batch."""
+
+GLANCED_AT = 4
+"""Batches of which the first norm is looked at in other preprocessing."""
+
+ODD_SHIFT = 1.0
+ODD_RATIO = 10.0
+"""Where the first norm's median channel is off by more, in standard deviations or as a ratio of variances, other
+preprocessing is tried (D608)."""
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation per colour that most image models are trained with."""
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What was measured: of each layer by name, and of the whole."""
+
+    layers: Mapping[str, Measured]
+    measurement: Measurement
+
+
+def measure(opened: Opened, data: Dataset, *, progress: Progress = silent) -> Seen:
+    """Walk all data through the model as it is stored, and some of it in other ways.
+
+    Raises InputError for data that is empty or not finite, UsageError and MisfitError for data that does not fit."""
+    walker = opened.walker
+    first: list[tuple[Batch, Arrays]] = []
+    labelled = right = 0
+
+    def listen(batch: Batch, outputs: dict[str, Any]) -> None:
+        nonlocal labelled, right
+        if len(first) < COMPARED:
+            first.append((batch, outputs))
+        found = scores_of(outputs, batch.size)
+        if batch.labels is not None and found is not None:
+            labelled += batch.size
+            right += int(hits(found, batch.labels).sum())
+
+    look = Look(samples=True, active=True, others=True)
+    batches = whole_batches(data, opened.fixed_batch)
+    tallies = as_stored(walker, batches, look, outputs=listen, progress=progress, total=count_batches(data))
+    if not tallies.batches:
+        raise InputError(f"{data.words}: there are no samples", "Check --data.")
+    layers = {name: tally.measured() for name, tally in tallies.of.items()}
+    order = tuple(tallies.of)
+    disagreement, change = _gap(walker, first)
+    left = dict(walker.left) | {name: "never reached with this data" for name in walker.norms if name not in tallies.of}
+    measurement = Measurement(
+        data=data.words,
+        samples=tallies.samples,
+        batches=tallies.batches,
+        order=order,
+        left=left,
+        notes=(*opened.notes, *data.notes),
+        disagreement=disagreement,
+        output_change=change,
+        preprocessing=_preprocessing(opened, tallies, [batch for batch, _ in first[:GLANCED_AT]]),
+        order_dependence=_order_dependence(opened, first),
+        accuracy=right / labelled if labelled else None,
+    )
+    return Seen(layers, measurement)
+
+
+def count_batches(data: Dataset) -> int | None:
+    """How many batches there are to come, where that is known."""
+    return None if data.samples is None else max(1, math.ceil(data.samples / data.batch_size))
+
+
+def whole_batches(data: Dataset, fixed: int | None) -> Iterator[Batch]:
+    """The batches; of a model with a fixed batch size those of that size, the rest is left out and noted.
+
+    Raises UsageError where none has the size."""
+    if fixed is None:
+        yield from data.batches()
+        return
+    passed = left = 0
+    for batch in data.batches(fixed):
+        if batch.size == fixed:
+            passed += 1
+            yield batch
+        else:
+            left += batch.size
+    note = f"the model takes batches of {fixed} only: {left} samples left out"
+    if left and note not in data.remarks:
+        data.remarks.append(note)
+    if not passed:
+        raise UsageError(f"the model takes batches of {fixed}, and there is no such batch", "Give more data.")
+
+
+# the statistics of the batch
+
+
+def _gap(walker: Walker, first: Sequence[tuple[Batch, Arrays]]) -> tuple[float | None, float | None]:
+    """Share of samples whose largest output is another with the batch's own statistics, and the change of outputs."""
+    stored = {batch.index: outputs for batch, outputs in first}
+    differing, samples, changes = 0, 0, []
+
+    def listen(batch: Batch, outputs: dict[str, Any]) -> None:
+        nonlocal differing, samples
+        before = stored[batch.index]
+        changes.append(changed(before, outputs))
+        one, other = scores_of(before, batch.size), scores_of(outputs, batch.size)
+        if one is not None and other is not None:
+            samples += batch.size
+            differing += disagreeing(one, other)
+
+    whole = [batch for batch, _ in first if batch.size > 1]
+    try:
+        with suppress(InputError):  # NaN on its way: S101 says so
+            one_pass(walker, whole, outputs=listen)
+    finally:
+        walker.restore()
+    finite = [change for change in changes if change is not None and math.isfinite(change)]
+    return differing / samples if samples else None, float(np.mean(finite)) if finite else None
+
+
+def _order_dependence(opened: Opened, first: Sequence[tuple[Batch, Arrays]]) -> float | None:
+    """How much the output of a sample changes with the others in its batch, in the modes as saved."""
+    if opened.as_saved is None:
+        return None
+    batch = next((batch for batch, _ in first if batch.size > 2), None)
+    if batch is None:
+        return None
+    half = batch.size // 2
+    try:
+        together = opened.as_saved(batch)
+        alone = opened.as_saved(_cut(batch, half))
+    except (CannotRunError, MisfitError):
+        return None
+    cut = {name: array[:half] for name, array in together.items() if array.ndim and len(array) == batch.size}
+    return changed(cut, alone)
+
+
+def _cut(batch: Batch, size: int) -> Batch:
+    """The first samples of a batch."""
+    return _mapped(batch, lambda value: value[:size], size)
+
+
+def _mapped(batch: Batch, change: Callable[[Any], Any], size: int | None = None) -> Batch:
+    """The batch with something done to each of its arguments that has a value for every sample."""
+
+    def mapped(value: Any) -> Any:
+        shape = getattr(value, "shape", None)
+        return change(value) if shape is not None and len(shape) and shape[0] == batch.size else value
+
+    return replace(
+        batch,
+        args=tuple(map(mapped, batch.args)),
+        kwargs={name: mapped(value) for name, value in batch.kwargs.items()},
+        size=batch.size if size is None else size,
+    )
+
+
+# other preprocessing
+
+
+def _preprocessing(opened: Opened, tallies: Tallies, batches: Sequence[Batch]) -> tuple[Preprocessing, ...]:
+    """What the first norm would see of data prepared otherwise; nothing where it sees what it expects."""
+    name = next((name for name in tallies.of if name in opened.walker.norms), None)
+    layer = next((layer for layer in opened.layers if layer.name == name), None)
+    if name is None or layer is None or not _is_odd(tallies.of[name].total(), layer):
+        return ()
+    found = []
+    for words, change in (("as given", lambda value: value), *_alternatives(batches)):
+        parts = []
+        for batch in batches:
+            with closing(opened.walker.start(_mapped(batch, change), Look())) as walk:
+                pause = walk.advance()
+                if pause is not None and pause.norm == name:
+                    parts.append(pause.seen.moments)
+        if parts:
+            found.append(Preprocessing(words=words, divergence=_typical(sum(parts[1:], parts[0]), layer)))
+    return tuple(found)
+
+
+def _is_odd(moments: Moments, layer: NormLayer) -> bool:
+    mean, var, live = layer.numbers.mean, layer.numbers.var, layer.numbers.live
+    if mean is None or var is None or not live.any():
+        return False
+    shift = median(np.abs(moments.mean - mean)[live] / np.sqrt(var[live]))
+    ratio = median(moments.variance()[live] / var[live])
+    return not (shift <= ODD_SHIFT and 1 / ODD_RATIO <= ratio <= ODD_RATIO)
+
+
+def _typical(moments: Moments, layer: NormLayer) -> float:
+    """The median over live channels of the divergence, in nats."""
+    mean, var, live = layer.numbers.mean, layer.numbers.var, layer.numbers.live
+    assert mean is not None and var is not None
+    return median(divergence(moments, mean, var)[live])
+
+
+def _alternatives(batches: Sequence[Batch]) -> Iterator[tuple[str, Callable[[Any], Any]]]:
+    """What is tried: it applies to arguments of floating point, all others stay."""
+
+    def floats(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return lambda value: change(value) if "float" in str(value.dtype) else value
+
+    yield "times 255", floats(lambda value: value * 255)
+    yield "divided by 255", floats(lambda value: value / 255)
+    arguments = [value for batch in islice(batches, 1) for value in (*batch.args, *batch.kwargs.values())]
+    shapes = [tuple(value.shape) for value in arguments if hasattr(value, "shape")]
+    colours = any(len(shape) == 4 and shape[1] == 3 for shape in shapes)
+    if not colours:
+        return
+
+    def images(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return floats(lambda value: change(value) if value.ndim == 4 and value.shape[1] == 3 else value)
+
+    def per_colour(value: Any, numbers: Sequence[float]) -> Any:
+        shaped = np.asarray(numbers, dtype=np.float32).reshape(1, 3, 1, 1)
+        return shaped if isinstance(value, np.ndarray) else value.new_tensor(shaped.tolist())
+
+    mean, std = IMAGENET
+    yield "channels swapped (RGB and BGR)", images(lambda value: value[:, [2, 1, 0]])
+    yield (
+        "with ImageNet's mean and std",
+        images(lambda value: (value - per_colour(value, mean)) / per_colour(value, std)),
+    )
+    yield (
+        "divided by 255, with ImageNet's mean and std",
+        images(lambda value: (value / 255 - per_colour(value, mean)) / per_colour(value, std)),
+    )
+    yield (
+        "without ImageNet's mean and std",
+        images(lambda value: value * per_colour(value, std) + per_colour(value, mean)),
+    )

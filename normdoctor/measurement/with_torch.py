@@ -1,0 +1,424 @@
+"""Modules of torch as walkers: every batch runs in a greenlet of its own, and hooks stop it in front of each norm.
+
+Greenlets are all in one thread, so grad mode, autocast and the thread pool are as in a plain loop, where paused
+threads would each have their own."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import greenlet
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from normdoctor.data import Batch
+from normdoctor.errors import NormDoctorError, RefusedError
+from normdoctor.layers import DEFAULT_EPS, NormKind, NormLayer
+from normdoctor.measurement.modules import BUFFERS
+from normdoctor.measurement.walks import Look, Pause, Seen, TokensSeen, Vector
+from normdoctor.models.inputs import Example
+from normdoctor.models.loaded import Kind, Loaded, flatten
+from normdoctor.models.with_torch import cannot_run, device_of, dtype_of
+from normdoctor.moments import Moments
+from normdoctor.readers.live_module import LiveArray
+
+CHUNK = 1 << 18
+"""Values that are squared at a time: what fits a processor's cache is read from memory once."""
+
+FEW = 16
+"""Up to so many values of a channel in a sample it pays to copy them beside those of other channels."""
+
+MOST = 8 / 9
+"""A mean whose square is above this share of the mean square lies 2.8 standard deviations from 0: their difference
+would lose a digit."""
+
+TRIES = 3
+"""With a shift taken from rounded values a second one may be needed; a third where all values are the same."""
+
+WIDEST = (torch.float32, torch.float64, torch.bfloat16)
+"""Types that can hold every mean and variance that occurs."""
+
+# moments
+
+
+def seen(x: torch.Tensor, *, samples: bool = True, shift: torch.Tensor | None = None) -> Seen:
+    """Moments of each channel (axis 1) of a norm's input, and the mean of each sample where they are asked for.
+
+    shift: near the means, float32 or float64, shape (channels,). It is taken from the values before they are squared;
+    where a mean still lies far off, they are gone over again with the means themselves. Sums over a sample are
+    taken in the type of x (float32 for narrower ones), all others in float64."""
+    count, channels = x.shape[:2]
+    values = x.detach().reshape(count, channels, -1)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    each = values.shape[2]
+    for _ in range(TRIES):
+        sums = _sums(values, shift, wide)
+        total = sums.sum(1, dtype=torch.float64).cpu().numpy() / (count * each)
+        delta, square = total
+        if not _is_off(delta, square):
+            break
+        near = torch.from_numpy(delta).to(x.device)
+        shift = (near if shift is None else shift.double() + near).to(wide)
+    base = 0.0 if shift is None else _float64(shift)
+    moments = Moments(count * each, base + delta, np.maximum(square - delta * delta, 0) * (count * each))
+    return Seen(moments, base + _float64(sums[0]) / each if samples else None)
+
+
+def _is_off(mean: Vector, square: Vector) -> bool:
+    """Whether the square of a mean is most of the mean square of some channel, so that their difference is inexact."""
+    return bool((mean * mean > MOST * square).any())
+
+
+def _sums(values: torch.Tensor, shift: torch.Tensor | None, wide: torch.dtype) -> torch.Tensor:
+    """Sums and sums of squares of values - shift over each sample, shape (2, samples, channels)."""
+    samples, channels, each = values.shape
+    axis = 2
+    if each <= FEW:
+        values, axis = values.transpose(1, 2).contiguous(), 1
+    centre = None if shift is None else shift.view((1, channels, 1) if axis == 2 else (1, 1, channels))
+    step = max(1, CHUNK // (channels * each)) if values.device.type == "cpu" else samples
+    result = torch.empty((2, samples, channels), dtype=wide, device=values.device)
+    buffer = torch.empty_like(values[:step], dtype=wide)
+    for begin in range(0, samples, step):
+        part = values[begin : begin + step].to(wide)
+        out = buffer[: len(part)]
+        if centre is not None:
+            part = torch.sub(part, centre, out=out)
+        torch.sum(part, axis, out=result[0, begin : begin + step])
+        torch.sum(torch.mul(part, part, out=out), axis, out=result[1, begin : begin + step])
+    return result
+
+
+def _float64(tensor: torch.Tensor) -> Vector:
+    return tensor.double().cpu().numpy()
+
+
+def active(x: torch.Tensor, norm: nn.Module) -> Vector:
+    """Share of values above 0 behind the norm in eval mode, shape (channels,)."""
+    y = norm.forward(x) if isinstance(norm, nn.modules.batchnorm._BatchNorm) else norm(x)
+    return _float64((y > 0).transpose(0, 1).reshape(x.shape[1], -1).float().mean(1))
+
+
+SAMPLED = 512
+"""Points of a norm's curve that are kept of each batch."""
+
+BEND = {False: 1.818, True: 1.517}
+"""Where the slope of tanh, and of erf (True), is a tenth of the steepest."""
+
+
+def look_at(module: nn.Module, layer: NormLayer) -> Callable[[torch.Tensor], Seen]:
+    """What looks at the input of a norm without statistics."""
+    if layer.kind is NormKind.DYNAMIC_TANH:
+        alpha = float(layer.alpha.numpy().reshape(-1)[0]) if layer.alpha is not None else 1.0
+        shift = None if layer.inner_shift is None else float(layer.inner_shift.numpy().reshape(-1)[0])
+        bend = BEND[shift is not None]
+
+        def bent(x: torch.Tensor) -> Seen:
+            values = x.detach().float().reshape(1, 1, -1)
+            beyond = int(((alpha * values + (shift or 0.0)).abs() > bend).sum())
+            return Seen(seen(values, samples=False).moments, tokens=TokensSeen(values.numel(), saturated=beyond))
+
+        return bent
+    shape = getattr(module, "normalized_shape", None) or (layer.weight.shape if layer.weight is not None else None)
+    rank = len(shape) if shape is not None else 1
+    eps = layer.eps if layer.eps is not None else DEFAULT_EPS
+    centred = layer.kind is NormKind.LAYER
+
+    def starved(x: torch.Tensor) -> Seen:
+        rows = x.detach().float().flatten(-rank).reshape(-1, x.shape[-rank:].numel())
+        mean = rows.mean(1, keepdim=True) if centred else torch.zeros(1)
+        spread = (rows - mean).square().mean(1, keepdim=True)
+        made = (rows - mean) * torch.rsqrt(spread + eps)
+        points = torch.stack([rows.reshape(-1), made.reshape(-1)], 1)
+        points = points[:: max(1, len(points) // SAMPLED)][:SAMPLED]
+        tokens = TokensSeen(len(rows), starved=int((spread < eps).sum()), points=_float64(points))
+        return Seen(seen(rows.reshape(1, 1, -1), samples=False).moments, tokens=tokens)
+
+    return starved
+
+
+# walking
+
+
+class _Place(greenlet.greenlet):
+    """Where a batch's forward pass is; hooks know it by this class."""
+
+    look: Look
+
+
+class ModuleWalk:
+    """See `Walk`."""
+
+    def __init__(self, walker: ModuleWalker, batch: Batch, look: Look) -> None:
+        self._walker = walker
+        self._place = _Place(self._forward)
+        self._place.look = look
+        self._batch: Batch | None = batch
+        self._outputs: dict[str, NDArray[Any]] = {}
+
+    def _forward(self) -> None:
+        batch, self._batch = self._batch, None  # the arguments live in the frames of forward alone
+        assert batch is not None
+        example = self._walker.fitted(batch)
+        del batch
+        outputs = self._walker.module(*example.args, **example.kwargs)
+        self._outputs = {name: LiveArray(tensor).load() for name, tensor in flatten(outputs)}
+
+    def advance(self) -> Pause | None:
+        batch = self._batch
+        try:
+            with torch.no_grad(), self._walker.surroundings():
+                pause: Pause | None = self._place.switch()
+        except NormDoctorError:
+            raise
+        except (Exception, SystemExit) as error:
+            example = Example((), {}) if batch is None else self._walker.fitted(batch)
+            raise cannot_run(self._walker.loaded, example, error) from error
+        return pause
+
+    @property
+    def outputs(self) -> dict[str, NDArray[Any]]:
+        return self._outputs
+
+    def close(self) -> None:
+        if self._place and not self._place.dead:
+            with contextlib.suppress(Exception), torch.no_grad():
+                self._place.throw(greenlet.GreenletExit)
+
+
+class ModuleWalker:
+    """See `Walker`. Made by `open_module`, which puts the module back as it was."""
+
+    ddof = 1
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        norms: Mapping[str, nn.Module],
+        left: Mapping[str, str],
+        others: Mapping[str, Callable[[torch.Tensor], Seen]],
+    ) -> None:
+        self.loaded = loaded
+        self.module = loaded.module
+        self.name = loaded.name
+        self.left = left
+        self._modules = dict(norms)
+        self._others = others
+        self._original = {(name, field): module._buffers[field] for name, module in norms.items() for field in BUFFERS}
+        self.saved_modes = {inner: inner.training for inner in self.module.modules()}
+        self._device = device_of(loaded)
+        self._dtype = dtype_of(loaded)
+        self._modes = _mode_stacks()
+        self._shifts: dict[str, torch.Tensor] = {}
+        """Where the inputs of a norm lie that are far from 0."""
+
+    @property
+    def norms(self) -> Mapping[str, int]:
+        return {name: int(module._buffers[BUFFERS[0]].numel()) for name, module in self._modules.items()}
+
+    def start(self, batch: Batch, look: Look) -> ModuleWalk:
+        return ModuleWalk(self, batch, look)
+
+    def put(self, norm: str, mean: Vector, var: Vector) -> None:
+        buffers = self._modules[norm]._buffers
+        for name, values in zip(BUFFERS, (mean, var), strict=True):
+            old = buffers[name]
+            assert old is not None
+            new = torch.from_numpy(np.array(values)).to(device=old.device, dtype=old.dtype).reshape(old.shape)
+            if old.dtype not in WIDEST and not bool(torch.isfinite(new).all()):
+                dtype = str(old.dtype).removeprefix("torch.")
+                raise RefusedError(
+                    f"{norm}.{name}: {dtype} cannot hold {np.abs(values).max():.3g}", "Save the model in float32 first."
+                )
+            buffers[name] = new
+
+    def restore(self) -> None:
+        for (name, field), tensor in self._original.items():
+            self._modules[name]._buffers[field] = tensor
+
+    def fitted(self, batch: Batch) -> Example:
+        """The batch as tensors on the model's device. Float arrays take the model's float type."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, np.ndarray):
+                value = torch.from_numpy(np.ascontiguousarray(value))
+                if value.is_floating_point():
+                    value = value.to(self._dtype)
+            return value.to(self._device) if isinstance(value, torch.Tensor) else value
+
+        args, kwargs = _pytree.tree_map(moved, (batch.args, batch.kwargs))
+        return Example(tuple(args), dict(kwargs))
+
+    def as_saved(self, batch: Batch) -> dict[str, NDArray[Any]]:
+        """Its outputs in the modes that its modules had before, dropout aside. No statistics change."""
+        example = self.fitted(batch)
+        evaluating = {inner: inner.training for inner in self.module.modules()}
+        try:
+            for inner, training in self.saved_modes.items():
+                inner.training = training and "Dropout" not in type(inner).__name__
+            for norm in self._modules.values():
+                for field in BUFFERS:
+                    tensor = norm._buffers[field]
+                    norm._buffers[field] = None if tensor is None else tensor.clone()
+            with torch.no_grad(), self.surroundings():
+                outputs = self.module(*example.args, **example.kwargs)
+        except Exception as error:
+            raise cannot_run(self.loaded, example, error) from error
+        finally:
+            self.restore()
+            for inner, training in evaluating.items():
+                inner.training = training
+        return {name: LiveArray(tensor).load() for name, tensor in flatten(outputs)}
+
+    @contextlib.contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """What a walk may change around itself, put back when another one goes on."""
+        autocast, stdout = _autocast(), sys.stdout
+        sys.stdout = sys.stderr  # what the code of a model prints is no part of a report
+        try:
+            yield
+        finally:
+            sys.stdout = stdout
+            _set_autocast(autocast)
+
+    def stop(self, name: str, norm: nn.Module | None) -> Callable[..., None]:
+        """The hook in front of a norm (None: one without buffers)."""
+
+        def pause(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            place = greenlet.getcurrent()
+            if not isinstance(place, _Place):
+                return
+            if norm is None and not place.look.others:
+                return
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if not isinstance(x, torch.Tensor):
+                return
+            if norm is None:
+                found = self._others[name](x)
+            else:
+                found = seen(x, samples=place.look.samples, shift=self._shifts.get(name))
+                if _is_off(found.moments.mean, found.moments.mean**2 + found.moments.variance()):
+                    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+                    self._shifts[name] = torch.from_numpy(found.moments.mean).to(device=x.device, dtype=wide)
+                if place.look.active:
+                    found = Seen(found.moments, found.sample_means, active(x, norm))
+            if _mode_stacks() != self._modes or torch.is_inference_mode_enabled():
+                raise RefusedError(
+                    f"{name}: is called inside a context of torch (a device, a mode, inference_mode) that cannot be "
+                    "left and entered again",
+                    "Take the context out of forward, or around the call of the model.",
+                )
+            del x, args, kwargs
+            grad, own = torch.is_grad_enabled(), _autocast()
+            assert place.parent is not None
+            place.parent.switch(Pause(name, found))
+            torch.set_grad_enabled(grad)
+            _set_autocast(own)
+
+        return pause
+
+
+def _mode_stacks() -> tuple[int, int]:
+    """How many modes of torch are active around the caller."""
+    return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+
+
+def _autocast() -> dict[str, tuple[bool, torch.dtype]]:
+    return {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")}
+
+
+def _set_autocast(state: Mapping[str, tuple[bool, torch.dtype]]) -> None:
+    for kind, (enabled, dtype) in state.items():
+        torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_dtype(kind, dtype)
+
+
+@contextlib.contextmanager
+def open_module(
+    loaded: Loaded,
+    norms: Mapping[str, nn.Module],
+    left: Mapping[str, str],
+    others: Mapping[str, tuple[nn.Module, Callable[[torch.Tensor], Seen]]] | None = None,
+) -> Iterator[ModuleWalker]:
+    """The module in eval mode with a hook in front of each norm; whatever happens, it is put back as it was.
+
+    norms: layer name → the module that normalises, with buffers running_mean and running_var. others: norms
+    without buffers, and what looks at their inputs. left: norms that cannot be stopped at → why."""
+    others = others or {}
+    module = loaded.module
+    walker = ModuleWalker(loaded, norms, left, {name: look for name, (_, look) in others.items()})
+    handles = []
+    try:
+        for name, norm in norms.items():
+            handles.append(norm.register_forward_pre_hook(walker.stop(name, norm), prepend=False, with_kwargs=True))
+        for name, (other, _) in others.items():
+            handles.append(other.register_forward_pre_hook(walker.stop(name, None), with_kwargs=True))
+        with contextlib.suppress(NotImplementedError):  # an exported program has its modes in its graph
+            module.eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield walker
+    finally:
+        for handle in handles:
+            handle.remove()
+        walker.restore()
+        for inner, training in walker.saved_modes.items():
+            inner.training = training
+
+
+def as_module(loaded: Loaded, module: nn.Module) -> Loaded:
+    """What a program was unrolled to, in its place."""
+    return replace(loaded, kind=Kind.MODULE, model=module)
+
+
+# memory
+
+
+class _Living(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, of those made while it was on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: Any = WeakTensorKeyDictionary()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        for tensor in _pytree.tree_leaves(results):
+            if isinstance(tensor, torch.Tensor):
+                self._made[tensor] = True
+        return results
+
+    def bytes(self) -> int:
+        storages = {}
+        for tensor in list(self._made.keys()):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
+
+
+def held_bytes(walker: ModuleWalker, batch: Batch) -> int:
+    """The most that a walk of this batch holds while it stands in front of a norm, in bytes, its inputs included."""
+    example = walker.fitted(batch)
+    inputs = sum(t.numel() * t.element_size() for t in _pytree.tree_leaves(example.args) if isinstance(t, torch.Tensor))
+    inputs += sum(
+        t.numel() * t.element_size() for t in _pytree.tree_leaves(example.kwargs) if isinstance(t, torch.Tensor)
+    )
+    most = 0
+    with contextlib.closing(walker.start(batch, Look())) as walk, _Living() as living:
+        walker._modes = _mode_stacks()
+        try:
+            while walk.advance() is not None:
+                most = max(most, living.bytes())
+        finally:
+            walker._modes = (walker._modes[0], walker._modes[1] - 1)
+    return most + inputs
