@@ -4,6 +4,7 @@ nothing else. No pickle is loaded or written.
 
 from __future__ import annotations
 
+import math
 import shutil
 import struct
 import zipfile
@@ -16,9 +17,10 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from normdoctor.errors import RefusedError
-from normdoctor.layers import ArrayRef, Checkpoint, Container, NormLayer, Reference
+from normdoctor.errors import InputError, RefusedError
+from normdoctor.layers import DEFAULT_EPS, ArrayRef, Checkpoint, NormLayer, Reference
 from normdoctor.readers.arrays import FLOAT_TYPES, FileStorage, Part, Source, StoredArray, decode, encode
+from normdoctor.readers.distributed import ChunkedArray
 from normdoctor.readers.live_module import LiveArray
 from normdoctor.readers.torch_pickle import LOCAL_HEADER, DeflatedStorage, ZipRecords
 from normdoctor.readers.zip_splices import (
@@ -32,6 +34,11 @@ from normdoctor.readers.zip_splices import (
 )
 from normdoctor.recalibration.debias import Repair
 from normdoctor.writing import replacing
+
+MOST_CHANGE = 0.01
+"""By what share rounding a variance to its type may change what the layer multiplies by."""
+
+WIDER = "Save the model in float32 first."
 
 
 @dataclass(frozen=True)
@@ -61,33 +68,48 @@ def changes_of(repairs: Iterable[Repair]) -> list[Change]:
 
 
 @dataclass(frozen=True)
-class _Patch:
+class Patch:
+    """New bytes for a part of a storage."""
+
     storage: FileStorage | DeflatedStorage
     offset: int
+    """Within the storage."""
     data: bytes
 
 
 def write_back(checkpoint: Checkpoint, changes: Sequence[Change], output: Path) -> None:
     """A copy of the checkpoint's file at `output` with the changes in it; whole or not at all.
 
-    Zip, legacy and safetensors containers. Raises RefusedError, before anything is written, where a tensor
-    shares its memory with another name, is expanded, or has a type that cannot hold its new values."""
+    Zip, legacy and safetensors containers; a folder is for `folders.write_folder`. Raises RefusedError, before
+    anything is written, where a tensor shares its memory with another name, is expanded, or has a type that
+    cannot hold its new values."""
     check_unshared(changes, checkpoint.list_references())
-    patches = [_patch(change) for change in changes]
-    source = Path(checkpoint.path)
-    if any(isinstance(patch.storage, DeflatedStorage) for patch in patches):
-        with replacing(output) as temporary:
-            _rewrite_zip(source, temporary, patches)
-        return
+    patches = [patch_of(change) for change in changes]
     with replacing(output) as temporary:
-        shutil.copyfile(source, temporary)
-        with temporary.open("rb+") as file:
-            for patch in patches:
-                assert isinstance(patch.storage, FileStorage)
-                file.seek(patch.storage.offset + patch.offset)
-                file.write(patch.data)
-            if checkpoint.container is Container.ZIP:
-                _mend_checksums(file, source, {patch.storage.name for patch in patches})
+        copy_patched(Path(checkpoint.path), temporary, patches)
+
+
+def copy_patched(source: Path, target: Path, patches: Sequence[Patch]) -> None:
+    """A copy of one file that is no folder's, with the patches in it and the checksums of changed zip records."""
+    if any(isinstance(patch.storage, DeflatedStorage) for patch in patches):
+        _rewrite_zip(source, target, patches)
+        return
+    shutil.copyfile(source, target)
+    with target.open("rb+") as file, Source(source) as original:
+        apply(patches, file, original)
+
+
+def apply(patches: Sequence[Patch], file: BinaryIO, original: Source, begin: int = 0) -> None:
+    """Write the patches into a copy of `original` that lies in `file` from `begin`, none of them compressed.
+
+    Records of a zip, which are known by having a checksum, get their new one."""
+    for patch in patches:
+        assert isinstance(patch.storage, FileStorage)
+        file.seek(begin + patch.storage.offset + patch.offset)
+        file.write(patch.data)
+    names = {patch.storage.name for patch in patches if patch.storage.crc32 is not None}
+    if names:
+        _mend_checksums(file, original, begin, names)
 
 
 def check_unshared(changes: Iterable[Change], references: Iterable[Reference]) -> None:
@@ -132,6 +154,8 @@ class _Memory(NamedTuple):
 
 def _memory_of(array: ArrayRef) -> _Memory:
     place: Hashable
+    if isinstance(array, ChunkedArray):  # whether chunks overlap is for who knows their files
+        return _Memory(array.identity, 0, array.nbytes, is_contiguous=True)
     if isinstance(array, StoredArray):
         place, begin, strides = array.storage.identity, array.offset * array.item_size, array.element_strides
         item_size, is_contiguous = array.item_size, array.is_contiguous
@@ -145,21 +169,47 @@ def _memory_of(array: ArrayRef) -> _Memory:
 
 
 def encode_checked(change: Change) -> bytes:
-    """The new values in the tensor's own type. Raises RefusedError where it cannot hold them."""
-    array = change.array
-    big_endian = isinstance(array, StoredArray) and array.big_endian
-    data = encode(change.values, array.dtype, big_endian)
-    stored = decode(data, array.dtype, big_endian)
-    fits = np.isfinite(stored) if array.dtype in FLOAT_TYPES else stored == change.values
-    if not fits.all():
+    """The new values in the tensor's own type. What is stored now plays no part: it may be NaN.
+
+    Raises RefusedError for a value that is NaN or infinite, that the type cannot hold, and for a variance that is so
+    small for the type that the layer would multiply by something else: by over 1 % more or less. A variance that
+    becomes 0 in float16 is no such thing as long as eps is far larger, as it is in dead channels of most models."""
+    array, name = change.array, f"{change.layer.name}.{change.field}"
+    values = np.asarray(change.values)
+    if values.size != math.prod(array.shape):
+        raise RefusedError(f"{name}: {values.size} new values for the shape {list(array.shape)}")
+    if not np.isfinite(values).all():
         raise RefusedError(
-            f"{change.layer.name}.{change.field}: {array.dtype} cannot hold {np.abs(change.values).max():.3g}",
-            "Save the model in float32 first.",
+            f"{name}: its new values hold NaN or infinity", "Leave the layer out, or look at the data it was fed."
         )
+    big_endian = isinstance(array, StoredArray) and array.big_endian
+    try:
+        data = encode(values, array.dtype, big_endian)
+    except InputError as error:
+        raise RefusedError(f"{name}: {error.message}", error.hint) from None
+    stored = decode(data, array.dtype, big_endian)
+    if not (np.isfinite(stored) if array.dtype in FLOAT_TYPES else stored == values.reshape(-1)).all():
+        raise RefusedError(f"{name}: {array.dtype} cannot hold {np.abs(values).max():.3g}", WIDER)
+    if change.field == "running_var":
+        eps = DEFAULT_EPS if change.layer.eps is None else change.layer.eps
+        lost = _change_of_scale(values.reshape(-1), stored, eps) > MOST_CHANGE
+        if lost.any():
+            smallest = values.reshape(-1)[lost].min()
+            raise RefusedError(
+                f"{name}: {array.dtype} cannot hold {smallest:.3g} well enough for an eps of {eps:g}", WIDER
+            )
     return data
 
 
-def _patch(change: Change) -> _Patch:
+def _change_of_scale(var: NDArray[Any], stored: NDArray[Any], eps: float) -> NDArray[np.float64]:
+    """By what share 1 / sqrt(var + eps) changes where a variance is rounded to what is stored; 0 for one below 0."""
+    wanted, kept = np.maximum(var, 0.0) + eps, np.maximum(stored.astype(np.float64), 0.0) + eps
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(wanted == kept, 0.0, np.abs(np.sqrt(wanted / kept) - 1.0))
+
+
+def patch_of(change: Change) -> Patch:
+    """Where the bytes of a tensor that lies in one piece go. Raises RefusedError where they cannot be changed there."""
     array = change.array
     assert isinstance(array, StoredArray)
     storage = array.storage
@@ -169,31 +219,30 @@ def _patch(change: Change) -> _Patch:
             f"{change.layer.name}.{change.field} lies in an archive inside the file, which has checksums of its own",
             "Load the model with the torch of today and save it again, then repair that file.",
         )
-    return _Patch(storage, array.offset * array.item_size, encode_checked(change))
+    return Patch(storage, array.offset * array.item_size, encode_checked(change))
 
 
 # zip
 
 
-def _mend_checksums(file: BinaryIO, source: Path, names: set[str]) -> None:
+def _mend_checksums(file: BinaryIO, original: Source, base: int, names: set[str]) -> None:
     """Give the changed records their new CRC-32 in the local header (or data descriptor) and the directory."""
-    with Source(source) as original:
-        records = ZipRecords(original)
-        checksums = {}
-        for name in names:
-            info = records.infos[name]
-            begin = records.data_offset(info)
-            checksum = _checksum(file, begin, info.file_size)
-            checksums[name] = checksum
-            raw = struct.pack("<I", checksum)
-            if info.flag_bits & 0x08:
-                _mend_descriptor(file, begin + info.compress_size, info.CRC, raw)
-            else:
-                file.seek(info.header_offset + 14)
-                file.write(raw)
-    for entry, name in directory_entries(file):
+    records = ZipRecords(original)
+    checksums = {}
+    for name in names:
+        info = records.infos[name]
+        begin = base + records.data_offset(info)
+        checksum = _checksum(file, begin, info.file_size)
+        checksums[name] = checksum
+        raw = struct.pack("<I", checksum)
+        if info.flag_bits & 0x08:
+            _mend_descriptor(file, begin + info.compress_size, info.CRC, raw)
+        else:
+            file.seek(base + info.header_offset + 14)
+            file.write(raw)
+    for entry, name in directory_entries(original.stream()):
         if name in checksums:
-            file.seek(entry + 16)
+            file.seek(base + entry + 16)
             file.write(struct.pack("<I", checksums[name]))
 
 
@@ -219,9 +268,9 @@ def _mend_descriptor(file: BinaryIO, place: int, old: int, new: bytes) -> None:
     raise RefusedError("a zip record has no readable data descriptor", "Save the model again with torch.save.")
 
 
-def _rewrite_zip(source: Path, target: Path, patches: Sequence[_Patch]) -> None:
+def _rewrite_zip(source: Path, target: Path, patches: Sequence[Patch]) -> None:
     """Write the container anew: changed records deflated again, all others copied as they stand."""
-    changed: dict[str, list[_Patch]] = {}
+    changed: dict[str, list[Patch]] = {}
     for patch in patches:
         changed.setdefault(patch.storage.name, []).append(patch)
     with Source(source) as original, target.open("wb") as file:
@@ -240,7 +289,7 @@ def _rewrite_zip(source: Path, target: Path, patches: Sequence[_Patch]) -> None:
 
 
 def _write_record(
-    file: BinaryIO, records: ZipRecords, info: zipfile.ZipInfo, patches: Sequence[_Patch]
+    file: BinaryIO, records: ZipRecords, info: zipfile.ZipInfo, patches: Sequence[Patch]
 ) -> tuple[int, int, int]:
     """One changed record with a header of its own. Gives its checksum, packed size and size."""
     content = bytearray(records.read(info.filename))

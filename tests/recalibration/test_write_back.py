@@ -18,6 +18,7 @@ from torch import nn
 
 import normdoctor as nd
 from normdoctor.readers import open_checkpoint
+from normdoctor.recalibration.write_back import Change, write_back
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 CHANGED = ("running_mean", "running_var", "num_batches_tracked")
@@ -351,3 +352,96 @@ def test_values_are_rounded_once(make_layer: Callable[..., Any]) -> None:
         expected = torch.tensor(values, dtype=torch.float64).to(getattr(torch, dtype)).double().numpy()
         for big_endian in (False, True):
             np.testing.assert_array_equal(decode(encode(values, dtype, big_endian), dtype, big_endian), expected)
+
+
+class TestGivenValues:
+    """write_back with values of any origin, as from measuring."""
+
+    @staticmethod
+    def norm(eps: float = 1e-5, dtype: torch.dtype = torch.float32) -> nn.Module:
+        norm = nn.BatchNorm1d(4, eps=eps).to(dtype)
+        norm.running_mean[:] = torch.nan
+        norm.running_var[:] = torch.tensor([torch.nan, torch.inf, -1.0, 0.0])
+        return nn.Sequential(nn.Linear(3, 4).to(dtype), norm).eval()
+
+    @staticmethod
+    def write(path: Path, output: Path, mean: Any, var: Any) -> None:
+        with open_checkpoint(path) as checkpoint:
+            (layer,) = checkpoint.layers
+            new = (("running_mean", mean), ("running_var", var))
+            write_back(
+                checkpoint, [Change(layer, name, np.array(values, dtype=np.float64)) for name, values in new], output
+            )
+
+    @pytest.mark.parametrize("form", ["zip", "legacy", "module", "legacy module", "safetensors", "script", "exported"])
+    def test_broken_buffers_are_replaced(self, form: str, tmp_path: Path) -> None:
+        net, sick, fixed = self.norm(), tmp_path / "sick", tmp_path / "fixed.pt2"
+        if form == "script":
+            torch.jit.script(net).save(sick)
+        elif form == "exported":
+            sick = tmp_path / "sick.pt2"
+            torch.export.save(torch.export.export(net, (torch.ones(2, 3),)), sick)
+        else:
+            save(net, form, sick)
+        before = sick.read_bytes()
+        self.write(sick, fixed, [1, 2, 3, 4], [5, 6, 7, 0.5])
+        assert sick.read_bytes() == before and len(fixed.read_bytes()) == len(before)
+        expected = self.norm()
+        expected.load_state_dict(net.state_dict())
+        expected[1].running_mean[:] = torch.tensor([1.0, 2, 3, 4])
+        expected[1].running_var[:] = torch.tensor([5.0, 6, 7, 0.5])
+        if form == "script":
+            found = torch.jit.load(fixed).state_dict()
+        elif form == "exported":
+            found = torch.export.load(fixed).state_dict
+        else:
+            found = load_state(form, fixed)
+        for name, tensor in expected.state_dict().items():
+            assert torch.equal(found[name], tensor), name
+
+    @pytest.mark.parametrize(
+        ("eps", "var", "refused"),
+        [
+            (1e-5, 1e-9, False),  # becomes 0, and eps alone decides before and after
+            (1e-3, 1e-6, False),
+            (1e-5, 9e-8, False),  # becomes 6e-8 or 1.2e-7
+            (1e-12, 1e-9, True),  # 30 times the output
+            (1e-8, 2.9e-8, True),
+            (0.0, 1e-9, True),
+            (0.0, 0.0, False),
+            (0.0, 1e-3, False),
+        ],
+    )
+    def test_variances_too_small_for_half_precision(
+        self, eps: float, var: float, refused: bool, tmp_path: Path
+    ) -> None:
+        """Refused where the layer would multiply by something else, written where it would not."""
+        sick, fixed = tmp_path / "sick.pt", tmp_path / "fixed.pt"
+        save(self.norm(eps, torch.float16), "module", sick)
+        if refused:
+            with pytest.raises(nd.RefusedError, match=r"1\.running_var: float16 cannot hold .*for an eps of") as caught:
+                self.write(sick, fixed, np.zeros(4), [1, 1, var, 1])
+            assert caught.value.hint and not fixed.exists()
+            return
+        self.write(sick, fixed, np.zeros(4), [1, 1, var, 1])
+        found = torch.load(fixed, weights_only=False)[1].running_var[2].double()
+        assert np.sqrt((var + eps + 1e-300) / (float(found) + eps + 1e-300)) == pytest.approx(1, abs=0.01)
+
+    def test_an_eps_that_the_file_does_not_say_is_taken_for_the_usual_one(self, tmp_path: Path) -> None:
+        save(self.norm(1e-12, torch.float16), "zip", tmp_path / "sick.pt")
+        self.write(tmp_path / "sick.pt", tmp_path / "fixed.pt", np.zeros(4), np.full(4, 1e-9))
+        assert torch.load(tmp_path / "fixed.pt")["1.running_var"].tolist() == [0.0] * 4
+
+    @pytest.mark.parametrize(
+        ("mean", "words"),
+        [
+            ([1.0, 2, 3], r"1\.running_mean: 3 new values for the shape \[4\]"),
+            ([1.0, 2, 3, np.nan], r"1\.running_mean: its new values hold NaN or infinity"),
+            ([1.0, 2, 3, 1e39], r"1\.running_mean: float32 cannot hold 1e\+39"),
+        ],
+    )
+    def test_values_that_do_not_fit(self, mean: list[float], words: str, tmp_path: Path) -> None:
+        save(self.norm(), "zip", tmp_path / "sick.pt")
+        with pytest.raises(nd.RefusedError, match=words):
+            self.write(tmp_path / "sick.pt", tmp_path / "fixed.pt", mean, np.ones(4))
+        assert [path.name for path in tmp_path.iterdir()] == ["sick.pt"]
