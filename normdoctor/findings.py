@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from normdoctor.layers import Model, NearMiss, NormKind, NormLayer
+from normdoctor.measured import Drift
 
 
 class Severity(IntEnum):
@@ -51,6 +52,8 @@ Precision = Literal["fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 RECALIBRATE = "normdoctor recalibrate {path}"
+MEASURE_ANEW = RECALIBRATE + "{data} -o {fixed}"
+"""The repair by data, as a fix names it."""
 DEBIAS_COMMAND = RECALIBRATE + " --method debias{momentum} -o {fixed}"
 """The repair that needs no data, as a fix names it."""
 
@@ -74,6 +77,8 @@ HYPER_FIELDS = frozenset(
     }
 )
 ASSUMABLE_FIELDS = frozenset({"eps", "momentum"})
+DATA_FIELD = "measured"
+"""What a layer has only when its model was run on data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +114,10 @@ class Context:
     """The rule's thresholds, as declared or as the user set them."""
     precision: Precision | None = None
     """The number format the model is meant for (--target), if the user named one."""
+    train_batch: int | None = None
+    """Samples in a batch of the training, of each process where there were several, if the user said it."""
+    drift: Drift | None = None
+    """How far the model's statistics are from the data's, where it was run on data."""
 
 
 Check = Callable[[Any, Context], Iterator[Observation]]
@@ -153,6 +162,8 @@ class Rule:
     @property
     def evidence_level(self) -> Evidence:
         """The strongest kind of input the rule needs."""
+        if DATA_FIELD in self.needs:
+            return Evidence.DATA
         return Evidence.HYPER if HYPER_FIELDS & set(self.needs) else Evidence.TENSORS
 
 
@@ -287,6 +298,8 @@ class Report:
     near_misses: tuple[NearMiss, ...]
     bytes_read: int
     bytes_total: int | None
+    drift: Drift | None = None
+    """Where the model was run on data: how far its statistics are from those of the data."""
 
     def __repr__(self) -> str:
         return f"<Report {self.path}: {len(self.layers)} norm layers, {len(self.findings)} findings>"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from normdoctor.errors import NormDoctorError, UsageError, did_you_mean
 from normdoctor.findings import PRECISIONS, Failure, Finding, LayerIgnore, Precision, Report, Rule, Survey
@@ -17,6 +17,9 @@ from normdoctor.layers import NormLayer
 from normdoctor.readers import open_checkpoint
 from normdoctor.rules import RULES
 from normdoctor.rules.runner import Settings, examine
+
+if TYPE_CHECKING:
+    from normdoctor.measurement.calibration import Calibration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,8 @@ class Options:
     settings: Settings
     globs: tuple[str, ...]
     ignores: tuple[LayerIgnore, ...]
+    calibration: Calibration | None = None
+    """Data to run the model on; None: nothing is run."""
 
 
 def inspect(
@@ -41,10 +46,26 @@ def inspect(
     assume: bool = True,
     target: Precision | None = None,
     limits: Mapping[str, Mapping[str, float]] | None = None,
+    data: Any = None,
+    samples: int | Literal["all"] | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    scale: float | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    image_size: int | None = None,
+    drop_nonfinite: bool = False,
+    labels: str | Path | None = None,
+    train_batch: int | None = None,
+    trust: bool = False,
+    arch: str | None = None,
+    arch_args: str | Mapping[str, Any] | None = None,
+    key: str | None = None,
+    device: str | None = None,
 ) -> Report:
     """Judge every norm layer of a checkpoint (str or Path), a live torch.nn.Module or its state_dict.
 
-    Nothing in the file is executed or imported. A live module is looked at as it is and left so.
+    Without data nothing in the file is executed or imported. A live module is looked at as it is and left so.
 
     select, ignore: rule codes, their beginnings or names ("S", "A2", "S104"); all are selected by default.
     layer: globs on layer names; only findings about matching layers are kept.
@@ -53,8 +74,18 @@ def inspect(
     target: judge the numbers for fp16, bf16 or int8 as well.
     limits: thresholds by rule code and name, {"S104": {"error": 0.2}}.
 
-    Raises InputError where the file cannot be read, UsageError for an unknown rule code or threshold and for a
-    layer glob that matches nothing."""
+    data: the model is run on it in eval mode, and the rules that need data are applied: a path (.npy, .npz, .pt,
+    .safetensors, a folder of images), "package.module:callable", or what such a callable gives (a tensor, an array, a
+    loader, batches). samples, batch_size, seed, scale, mean, std, image_size, drop_nonfinite, labels: see
+    `DataOptions`. train_batch: samples in a batch of the training, where that is known.
+    trust: torch may load the file, which can run code in it. arch, arch_args: what builds the module of weights.
+    key: which model of the file. device: where to run it.
+
+    Raises InputError where the file or the data cannot be read, UsageError for an unknown rule code or threshold, a
+    layer glob that matches nothing and data that does not fit, RefusedError where trust or an architecture is
+    needed."""
+    from normdoctor.measurement.calibration import calibration
+
     options = check_options(
         select=select,
         ignore=ignore,
@@ -65,6 +96,26 @@ def inspect(
         assume=assume,
         target=target,
         limits=limits,
+        train_batch=train_batch,
+        calibration=None
+        if data is None
+        else calibration(
+            data,
+            samples=samples,
+            batch_size=batch_size,
+            seed=seed,
+            scale=scale,
+            mean=mean,
+            std=std,
+            image_size=image_size,
+            drop_nonfinite=drop_nonfinite,
+            labels=labels,
+            trust=trust,
+            arch=arch,
+            arch_args=arch_args,
+            key=key,
+            device=device,
+        ),
     )
     report = _examine(model, options)
     _check_globs(options.globs, [report])
@@ -82,6 +133,8 @@ def check_options(
     assume: bool = True,
     target: Precision | None = None,
     limits: Mapping[str, Mapping[str, float]] | None = None,
+    train_batch: int | None = None,
+    calibration: Calibration | None = None,
 ) -> Options:
     """The options of `inspect`, ready for any number of files. Raises UsageError for one that makes no sense."""
     return Options(
@@ -91,10 +144,12 @@ def check_options(
             momentum=check_momentum(momentum),
             assume=assume,
             precision=None if target is None else check_precision(target),
+            train_batch=check_train_batch(train_batch),
             limits=checked_limits(limits or {}),
         ),
         globs=several(layer),
         ignores=tuple(replace(one, codes=tuple(map(known_code, one.codes))) for one in per_layer_ignores),
+        calibration=calibration,
     )
 
 
@@ -135,6 +190,10 @@ def survey(paths: str | Path | Iterable[str | Path], *, jobs: int = 1, **options
 def _examine(model: Any, options: Options) -> Report:
     globs = options.globs
     with open_checkpoint(model) as checkpoint:
+        if options.calibration is not None:
+            from normdoctor.measurement.calibration import measured
+
+            checkpoint = measured(model, checkpoint, options.calibration)
         report = examine(checkpoint, options.rules, options.settings, lambda found: not globs or matches(found, globs))
     return _without_ignored(report, options.ignores) if options.ignores else report
 
@@ -300,6 +359,13 @@ def check_momentum(momentum: float | None) -> float | None:
     if momentum is not None and not 0 <= momentum <= 1:
         raise UsageError(f"momentum must lie between 0 and 1, not {momentum:g}", "0.1 is torch's default.")
     return None if momentum is None else float(momentum)
+
+
+def check_train_batch(samples: int | None) -> int | None:
+    """`samples` as it is. Raises UsageError where it is below 1."""
+    if samples is not None and samples < 1:
+        raise UsageError(f"--train-batch must be at least 1, not {samples}")
+    return samples
 
 
 def check_precision(target: str) -> Precision:

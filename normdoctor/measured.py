@@ -1,9 +1,11 @@
-"""What was seen of norms on the user's own data: records that `measurement` fills and the rules judge."""
+"""What was seen of norms on the user's own data: records that `measurement` fills and the rules judge, and the
+record of how far the stored statistics are from it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +62,19 @@ class Preprocessing:
     """Median over channels of KL(data || buffers), in nats."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recalibrated:
+    """The outputs of a model whose statistics were measured anew."""
+
+    accuracy: float | None = None
+    """With labels: share of samples whose largest output is the label."""
+    p_value: float | None = None
+    """Of McNemar's test on the samples that were right before and are wrong now, and the other way round."""
+    entropy_before: float | None = None
+    """Mean entropy of the softmax of the outputs, in nats; None for models without scores over classes."""
+    entropy: float | None = None
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measurement:
     """What was seen of a whole model on the user's data."""
@@ -84,3 +99,71 @@ class Measurement:
     """Relative change of a sample's output with its neighbours in the batch, in the modes as saved; None: not tried."""
     accuracy: float | None = None
     """With labels: share of samples whose largest output is the label."""
+    options: str = ""
+    """What a command about this model and this data must add, as the shell wants it: --arch nets:ResNet --data x.npy"""
+    recalibrated: Recalibrated | None = None
+    """What became of the outputs when the statistics were measured anew; None: that was not tried."""
+
+
+class DriftVerdict(Enum):
+    """Whether the stored statistics of a model are those of the data it was run on."""
+
+    HEALTHY = "healthy"
+    NOISY = "noisy"
+    """Off by no more than averages over so few batches are."""
+    STALE = "stale"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDrift:
+    """How far one layer's statistics are from those of the data, over its channels that carry signal."""
+
+    layer: str
+    channels: int
+    """How many were compared."""
+    broken: int
+    """Channels whose buffers or inputs are not finite, or whose variance is negative: they are left out."""
+    divergence: float
+    """Median of KL(data || buffers) of normal distributions with these statistics, in nats."""
+    divergence_p95: float
+    shift: float
+    """Median of |mean of the data - running_mean| in standard deviations by the buffers."""
+    shift_p95: float
+    ratio: float
+    """Median of variance of the data / running_var."""
+    beyond: float | None
+    """Share of channels whose mean or variance is further off than six standard errors; None: too few batches."""
+    effective: float | None
+    """How many independent values of a channel there were, median."""
+    worst: tuple[int, ...]
+    """The channels with the largest divergence, at most five."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """How far a model's statistics are from those of the data it was run on."""
+
+    data: str
+    samples: int
+    batches: int
+    verdict: DriftVerdict
+    meaning: str
+    """The verdict in a sentence or two."""
+    command: str
+    """What to do next, empty for nothing."""
+    divergence: float | None
+    """Median of the divergence over the channels of all layers, in nats; None where none could be compared."""
+    noise: float | None
+    """What of it is to be expected from the number of samples alone."""
+    beyond: float | None
+    """Share of the channels that are off by more than six standard errors."""
+    layers: tuple[LayerDrift, ...]
+    """Largest divergence first."""
+    left: Mapping[str, str]
+    """Layer with statistics that was not compared → why."""
+    disagreement: float | None
+    """Share of samples whose largest output differs between the stored statistics and those of the batch."""
+    output_change: float | None
+    """Relative L2 distance of the outputs under these two."""
+    accuracy: float | None

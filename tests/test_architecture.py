@@ -22,7 +22,7 @@ FLOORS = [
     {"readers", "rules", "writing"},
     {"models"},
     {"exporting", "torchscript", "tracing"},
-    {"data", "programs"},
+    {"data", "processes", "programs"},
     {"measurement"},
     {"inspection"},
     {"baseline", "configuration"},

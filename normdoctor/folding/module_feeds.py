@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from normdoctor.data.wanted import Wanted
 from normdoctor.errors import UsageError, did_you_mean
-from normdoctor.folding.data import Wanted, load_data, read_data
+from normdoctor.folding.data import load_data, read_data
 from normdoctor.folding.opening import Request
 from normdoctor.folding.subjects import Feed
 from normdoctor.models.inputs import Example

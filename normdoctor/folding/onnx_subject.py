@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from normdoctor.data.wanted import Wanted
 from normdoctor.flow.graph import Graph, Node
 from normdoctor.flow.plan import FoldPlan
-from normdoctor.folding.data import Wanted, load_data, random_inputs, with_shapes
+from normdoctor.folding.data import load_data, random_inputs, with_shapes
 from normdoctor.folding.onnx_writing import write_folded
 from normdoctor.folding.opening import Request
 from normdoctor.folding.subjects import Feed, Subject

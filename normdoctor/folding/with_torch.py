@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils import _pytree
 
+from normdoctor.data.wanted import Wanted, fitted
 from normdoctor.errors import RefusedError
 from normdoctor.flow.graph import Fixed
 from normdoctor.flow.plan import FoldPlan, NewInput
-from normdoctor.folding.data import Wanted, fitted
 from normdoctor.models.architecture import one_line
 from normdoctor.models.inputs import Example
 from normdoctor.models.loaded import Kind, Loaded, parameters_of

@@ -11,7 +11,7 @@ one-pass: each batch alone, every norm using the statistics of that batch, as in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from normdoctor.data import Batch
 from normdoctor.errors import InputError, RefusedError
 from normdoctor.measurement.processes import ALONE, Processes
 from normdoctor.measurement.tally import Part, Tally
-from normdoctor.measurement.walks import Look, Pause, Walker
+from normdoctor.measurement.walks import Look, Pause, Vector, Walker
 from normdoctor.moments import Moments
 
 USE_ONE_PASS = "--method one-pass pools what each call sees."
@@ -56,6 +56,9 @@ class Tallies:
         self.of.setdefault(norm, Tally()).add(part)
 
 
+Settle = Callable[[str, Tally], "tuple[Vector, Vector] | None"]
+"""The statistics that a norm gets from what was seen of it: mean and variance; None: those that it has."""
+
 Outputs = Callable[[Batch, dict[str, Any]], None]
 """Hears what the model gives for each batch."""
 
@@ -72,9 +75,12 @@ def as_stored(
     outputs: Outputs = _ignored,
     progress: Progress = silent,
     total: int | None = None,
+    tallies: Tallies | None = None,
 ) -> Tallies:
-    """What every norm sees with all statistics as they are. One batch after the other."""
-    tallies = Tallies()
+    """What every norm sees with all statistics as they are. One batch after the other.
+
+    tallies: what was seen before, which is added to."""
+    tallies = Tallies() if tallies is None else tallies
     for batch in batches:
         looked = replace(look, samples=look.samples and _among_first(batch))
         for pause in _stops(walker, batch, looked, outputs):
@@ -89,6 +95,7 @@ def one_pass(
     batches: Iterable[Batch],
     *,
     until: float | None = None,
+    only: Container[str] | None = None,
     outputs: Outputs = _ignored,
     progress: Progress = silent,
     total: int | None = None,
@@ -97,6 +104,7 @@ def one_pass(
     """What every norm sees when those before it use the statistics of the batch. One batch after the other.
 
     until: stop when the standard error of every channel's mean is below this share of its standard deviation.
+    only: names of the norms that use the statistics of the batch; None for all.
     Leaves the last batch's statistics in the walker: `restore` it. Raises InputError for values that are not finite."""
     tallies = Tallies()
     rounds = _in_rounds(batches, processes)
@@ -106,7 +114,8 @@ def one_pass(
             for pause in _stops(walker, batch, Look(samples=_among_first(batch)), outputs):
                 moments = pause.seen.moments
                 check_finite(walker, pause.norm, moments)
-                walker.put(pause.norm, moments.mean, moments.variance())
+                if only is None or pause.norm in only:
+                    walker.put(pause.norm, moments.mean, moments.variance())
                 found.append((pause.norm, Part.of(batch.index, batch.size, pause.seen)))
         for others in processes.gather(found):
             for norm, part in others:
@@ -123,11 +132,14 @@ def exact(
     walker: Walker,
     batches: Sequence[Batch],
     *,
+    settle: Settle | None = None,
     outputs: Outputs = _ignored,
     progress: Progress = silent,
     processes: Processes = ALONE,
 ) -> Tallies:
     """The self-consistent statistics. All batches are on their way at once and hold their activations.
+
+    settle: what a norm gets instead of the mean and the (format's) variance of what it saw.
 
     Leaves the new statistics in the walker. Raises RefusedError where the batches reach the norms in different
     orders and where a norm is reached twice; InputError for values that are not finite."""
@@ -164,7 +176,10 @@ def exact(
                 tallies.add(norm, part)
             moments = tallies.of[norm].total()
             check_finite(walker, norm, moments)
-            walker.put(norm, moments.mean, stored_variance(moments, walker.ddof))
+            new = (moments.mean, stored_variance(moments, walker.ddof))
+            chosen = new if settle is None else settle(norm, tallies.of[norm])
+            if chosen is not None:
+                walker.put(norm, *chosen)
             progress(len(tallies.of), len(norms), "norms")
         for batch, walk in zip(batches, walks, strict=True):
             outputs(batch, walk.outputs)

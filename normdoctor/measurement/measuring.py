@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from normdoctor.data import Batch
-from normdoctor.data.dataset import Dataset
+from normdoctor.data.dataset import Dataset, Part
 from normdoctor.errors import CannotRunError, InputError, MisfitError, UsageError
 from normdoctor.layers import NormLayer, median
 from normdoctor.measured import Measured, Measurement, Preprocessing
@@ -45,7 +45,7 @@ class Seen:
     measurement: Measurement
 
 
-def measure(opened: Opened, data: Dataset, *, progress: Progress = silent) -> Seen:
+def measure(opened: Opened, data: Dataset, *, batch_size: int, progress: Progress = silent) -> Seen:
     """Walk all data through the model as it is stored, and some of it in other ways.
 
     Raises InputError for data that is empty or not finite, UsageError and MisfitError for data that does not fit."""
@@ -64,7 +64,14 @@ def measure(opened: Opened, data: Dataset, *, progress: Progress = silent) -> Se
 
     look = Look(samples=True, active=True, others=True)
     batches = whole_batches(data, opened.fixed_batch)
-    tallies = as_stored(walker, batches, look, outputs=listen, progress=progress, total=count_batches(data))
+    tallies = as_stored(
+        walker,
+        batches,
+        look,
+        outputs=listen,
+        progress=progress,
+        total=count_batches(data, opened.fixed_batch or batch_size),
+    )
     if not tallies.batches:
         raise InputError(f"{data.words}: there are no samples", "Check --data.")
     layers = {name: tally.measured() for name, tally in tallies.of.items()}
@@ -87,20 +94,20 @@ def measure(opened: Opened, data: Dataset, *, progress: Progress = silent) -> Se
     return Seen(layers, measurement)
 
 
-def count_batches(data: Dataset) -> int | None:
-    """How many batches there are to come, where that is known."""
-    return None if data.samples is None else max(1, math.ceil(data.samples / data.batch_size))
+def count_batches(data: Dataset, batch_size: int) -> int | None:
+    """About how many batches there are to come, where that is known; loaders have sizes of their own."""
+    return None if data.samples is None else max(1, math.ceil(data.samples / batch_size))
 
 
-def whole_batches(data: Dataset, fixed: int | None) -> Iterator[Batch]:
+def whole_batches(data: Dataset, fixed: int | None, part: Part | None = None) -> Iterator[Batch]:
     """The batches; of a model with a fixed batch size those of that size, the rest is left out and noted.
 
     Raises UsageError where none has the size."""
     if fixed is None:
-        yield from data.batches()
+        yield from data.batches(part=part)
         return
     passed = left = 0
-    for batch in data.batches(fixed):
+    for batch in data.batches(fixed, part):
         if batch.size == fixed:
             passed += 1
             yield batch
@@ -150,14 +157,14 @@ def _order_dependence(opened: Opened, first: Sequence[tuple[Batch, Arrays]]) -> 
     half = batch.size // 2
     try:
         together = opened.as_saved(batch)
-        alone = opened.as_saved(_cut(batch, half))
+        alone = opened.as_saved(cut(batch, half))
     except (CannotRunError, MisfitError):
         return None
-    cut = {name: array[:half] for name, array in together.items() if array.ndim and len(array) == batch.size}
-    return changed(cut, alone)
+    shared = {name: array[:half] for name, array in together.items() if array.ndim and len(array) == batch.size}
+    return changed(shared, alone)
 
 
-def _cut(batch: Batch, size: int) -> Batch:
+def cut(batch: Batch, size: int) -> Batch:
     """The first samples of a batch."""
     return _mapped(batch, lambda value: value[:size], size)
 

@@ -76,6 +76,8 @@ def open_walker(model: Any, checkpoint: Checkpoint, options: RunOptions) -> Iter
     layers = layers_of(checkpoint, options.key)
     with _open_torch(loaded, layers) as opened:
         opened.notes[:0] = loaded.notes
+        if checkpoint.container is Container.MEMORY:
+            opened.as_saved = None  # its mode is that of the moment
         yield opened
 
 

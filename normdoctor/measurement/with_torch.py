@@ -214,7 +214,9 @@ class ModuleWalker:
         self.left = left
         self._modules = dict(norms)
         self._others = others
-        self._original = {(name, field): module._buffers[field] for name, module in norms.items() for field in BUFFERS}
+        self._original = {
+            (name, field): tensor for name, module in norms.items() for field, tensor in module._buffers.items()
+        }
         self.saved_modes = {inner: inner.training for inner in self.module.modules()}
         self._device = device_of(loaded)
         self._dtype = dtype_of(loaded)
@@ -267,8 +269,7 @@ class ModuleWalker:
             for inner, training in self.saved_modes.items():
                 inner.training = training and "Dropout" not in type(inner).__name__
             for norm in self._modules.values():
-                for field in BUFFERS:
-                    tensor = norm._buffers[field]
+                for field, tensor in norm._buffers.items():
                     norm._buffers[field] = None if tensor is None else tensor.clone()
             with torch.no_grad(), self.surroundings():
                 outputs = self.module(*example.args, **example.kwargs)

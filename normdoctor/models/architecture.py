@@ -1,4 +1,6 @@
-"""--arch pkg.module:callable → what it gives, and whose fault it is where it gives nothing. Runs the user's code."""
+"""--arch pkg.module:callable → what it gives, and whose fault it is where it gives nothing. Runs the user's code.
+
+--data may name a callable in the same way."""
 
 from __future__ import annotations
 
@@ -17,6 +19,8 @@ from typing import Any
 from normdoctor.errors import InputError, MissingDependencyError, NormDoctorError, UsageError, did_you_mean
 
 FORM = "Write it like --arch mypkg.nets:resnet18 or --arch nets.py:Net."
+
+ARGUMENTS = "Check the name and --arch-args."
 
 OWN = frozenset({"normdoctor", "importlib", "_frozen_importlib", "_frozen_importlib_external", "__main__", "torch"})
 """Packages that pass an exception on and are not what is missing."""
@@ -51,16 +55,7 @@ def build(arch: str, arguments: str | Mapping[str, Any] | None = None) -> Any:
     Raises UsageError where there is no such callable, MissingDependencyError where importing or calling it fails in
     a package of its own, InputError where it fails by itself."""
     keywords = parse_arguments(arguments)
-    module_name, _, path = arch.rpartition(":")
-    if not module_name or not path:
-        raise UsageError(f"--arch {arch}: names no callable", FORM)
-    with users_code(f"--arch {arch}"):
-        target: Any = _import(arch, module_name)
-    for part in path.split("."):
-        if not hasattr(target, part):
-            known = [name for name in dir(target) if not name.startswith("_")]
-            raise UsageError(f"--arch {arch}: {module_name} has no {path}", did_you_mean(part, known) + FORM)
-        target = getattr(target, part)
+    target = find(f"--arch {arch}", arch, FORM)
     if not callable(target):
         raise UsageError(f"--arch {arch}: is a {type(target).__name__}, not a class or function", FORM)
     if not inspect.isroutine(target) and not isinstance(target, type) and not keywords and hasattr(target, "forward"):
@@ -77,6 +72,25 @@ def build(arch: str, arguments: str | Mapping[str, Any] | None = None) -> Any:
         return target(**keywords)
 
 
+def find(what: str, place: str, form: str, hint: str = ARGUMENTS) -> Any:
+    """What package.module:name or file.py:name stands for; imports it.
+
+    what: how messages name it. form: how it is to be written. hint: what to do where importing it fails.
+
+    Raises UsageError where there is no such thing, MissingDependencyError or InputError where importing it fails."""
+    module_name, _, path = place.rpartition(":")
+    if not module_name or not path:
+        raise UsageError(f"{what}: names no callable", form)
+    with users_code(what, hint):
+        target: Any = _import(what, module_name, form)
+    for part in path.split("."):
+        if not hasattr(target, part):
+            known = [name for name in dir(target) if not name.startswith("_")]
+            raise UsageError(f"{what}: {module_name} has no {path}", did_you_mean(part, known) + form)
+        target = getattr(target, part)
+    return target
+
+
 def make_importable() -> None:
     """The working directory first among the places of imports, as `python -m` has it."""
     here = str(Path.cwd())
@@ -84,7 +98,7 @@ def make_importable() -> None:
         sys.path.insert(0, here)
 
 
-def _import(arch: str, name: str) -> ModuleType:
+def _import(what: str, name: str, form: str) -> ModuleType:
     make_importable()
     if not name.endswith(".py"):
         try:
@@ -92,13 +106,13 @@ def _import(arch: str, name: str) -> ModuleType:
         except ModuleNotFoundError as error:
             if error.name and (name == error.name or name.startswith(f"{error.name}.")):
                 raise MissingDependencyError(
-                    f"--arch {arch}: there is no module {error.name}",
+                    f"{what}: there is no module {error.name}",
                     "Run it in the folder that holds it, or install the package.",
                 ) from None
             raise
     path = Path(name)
     if not path.is_file():
-        raise UsageError(f"--arch {arch}: {path}: no such file", FORM)
+        raise UsageError(f"{what}: {path}: no such file", form)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     folder = str(path.resolve().parent)
@@ -111,9 +125,10 @@ def _import(arch: str, name: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def users_code(what: str) -> Iterator[None]:
+def users_code(what: str, hint: str = ARGUMENTS) -> Iterator[None]:
     """Code of the user runs in the block: what it prints goes to stderr, whatever it raises becomes one line.
 
+    hint: what to do about an exception of its own.
     Raises MissingDependencyError where a package could not be imported, InputError for any other exception."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -133,7 +148,7 @@ def users_code(what: str) -> Iterator[None]:
                 f"{what}: the package {package} cannot be imported ({one_line(error)})",
                 f"Install a build of {package} that fits the other packages here, torch above all.",
             ) from error
-        raise InputError(f"{what}: raises {one_line(error)}", "Check the name and --arch-args.") from error
+        raise InputError(f"{what}: raises {one_line(error)}", hint) from error
 
 
 def one_line(error: BaseException) -> str:

@@ -69,7 +69,7 @@ class OnnxModel:
         try:
             import onnxruntime
         except Exception as error:  # missing, or broken in whatever way
-            self._why_no_session = f"it cannot be imported ({_line(error)})"
+            self._why_no_session = f"it cannot be imported ({line(error)})"
             return None
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, FULL_OPTIMISATION_OFF)
@@ -79,12 +79,12 @@ class OnnxModel:
                 str(self.path), options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
         except Exception as error:  # its errors have no common class
-            self._why_no_session = _line(error)
+            self._why_no_session = line(error)
             return None
 
     @cached_property
     def _evaluator(self) -> Any:
-        return _evaluator(self._load())
+        return evaluator_of(self._load())
 
     def _load(self) -> Any:
         import onnx
@@ -92,7 +92,7 @@ class OnnxModel:
         try:
             return onnx.load(self.path)
         except Exception as error:
-            raise CannotRunError(f"{self.path}: onnx cannot load it ({_line(error)})") from None
+            raise CannotRunError(f"{self.path}: onnx cannot load it ({line(error)})") from None
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Outputs by name; bfloat16 as float32.
@@ -103,8 +103,8 @@ class OnnxModel:
             try:
                 values = self._session.run(names, dict(inputs))
             except Exception as error:
-                raise MisfitError(f"onnxruntime: {_line(error)}") from None
-            return {name: _plain(value) for name, value in zip(names, values, strict=True)}
+                raise MisfitError(f"onnxruntime: {line(error)}") from None
+            return {name: plain(value) for name, value in zip(names, values, strict=True)}
         return _evaluate(self._evaluator, inputs)
 
     def in_float64(self) -> OnnxTwin:
@@ -112,7 +112,7 @@ class OnnxModel:
         convolution. Raises CannotRunError where the model is too large or computes in integers."""
         if self.size > MAX_TWIN:
             raise CannotRunError(f"the model is too large for a copy in float64 ({self.size:,} bytes)")
-        return OnnxTwin(_evaluator(_widened(self._load())))
+        return OnnxTwin(evaluator_of(_widened(self._load())))
 
     def float64_seconds(self, seconds: float) -> float:
         """How long a run in float64 should take where one in the model's own type took `seconds`."""
@@ -133,7 +133,7 @@ class OnnxModel:
         try:
             graph = onnx.load(self.path, load_external_data=False).graph
         except Exception as error:
-            raise CannotRunError(f"{self.path}: onnx cannot load it ({_line(error)})") from None
+            raise CannotRunError(f"{self.path}: onnx cannot load it ({line(error)})") from None
         stored = {tensor.name for tensor in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
         return [_described(value) for value in graph.input if value.name not in stored]
 
@@ -157,13 +157,14 @@ class OnnxTwin:
         return seconds
 
 
-def _line(error: Exception) -> str:
+def line(error: Exception) -> str:
     """The first line of an error, or its class."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:300]
 
 
-def _plain(value: Any) -> NDArray[Any]:
+def plain(value: Any) -> NDArray[Any]:
+    """A result as numpy knows it: what it has no type for as float32."""
     array = np.asarray(value)
     if array.dtype.kind == "V" or array.dtype.name.startswith(("bfloat", "float8")):
         return array.astype(np.float32)
@@ -186,13 +187,14 @@ def _described(value: Any) -> Described:
             for dim in told.shape.dim
         )
     try:
-        dtype = "bfloat16" if told.elem_type == onnx.TensorProto.BFLOAT16 else _numpy_type(told.elem_type).name
+        dtype = "bfloat16" if told.elem_type == onnx.TensorProto.BFLOAT16 else numpy_type(told.elem_type).name
     except KeyError:
         dtype = "unknown"
     return Described(value.name, shape, dtype)
 
 
-def _numpy_type(code: int) -> np.dtype[Any]:
+def numpy_type(code: int) -> np.dtype[Any]:
+    """numpy's type, or that of ml_dtypes, for one of TensorProto's."""
     import onnx
 
     return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(code))
@@ -201,28 +203,34 @@ def _numpy_type(code: int) -> np.dtype[Any]:
 # the reference evaluator
 
 
-def _evaluator(model: Any) -> Any:
+def evaluator_of(model: Any) -> Any:
+    """onnx's reference evaluator of a ModelProto. Raises CannotRunError for an operator that it does not know."""
     from onnx.reference import ReferenceEvaluator
 
     try:
         return ReferenceEvaluator(model, new_ops=_own_ops())
     except Exception as error:
-        raise CannotRunError(f"{REFERENCE}: {_line(error)}") from None
+        raise CannotRunError(f"{REFERENCE}: {line(error)}") from None
 
 
 def _evaluate(evaluator: Any, inputs: Arrays) -> dict[str, NDArray[Any]]:
+    return {name: plain(value) for name, value in evaluated(evaluator, inputs).items()}
+
+
+def evaluated(evaluator: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Outputs by name in their own types. Raises CannotRunError for what the evaluator does not know."""
     given = dict(inputs)
     for value in evaluator.proto_.graph.input:
         if value.name in given and value.type.tensor_type.elem_type:
             with contextlib.suppress(KeyError):
-                given[value.name] = given[value.name].astype(_numpy_type(value.type.tensor_type.elem_type))
+                given[value.name] = given[value.name].astype(numpy_type(value.type.tensor_type.elem_type))
     try:
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             values = evaluator.run(None, given)
     except Exception as error:
-        raise CannotRunError(f"{REFERENCE}: {_line(error)}") from None
-    return {name: _plain(value) for name, value in zip(evaluator.output_names, values, strict=True)}
+        raise CannotRunError(f"{REFERENCE}: {line(error)}") from None
+    return dict(zip(evaluator.output_names, values, strict=True))
 
 
 def _own_ops() -> list[type]:

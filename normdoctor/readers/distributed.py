@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from normdoctor.errors import InputError
 from normdoctor.layers import Checkpoint, Container
 from normdoctor.readers import load_calls
-from normdoctor.readers.arrays import ITEM_SIZES, MAX_ELEMENTS, Source, path_inside
+from normdoctor.readers.arrays import ITEM_SIZES, MAX_ELEMENTS, Source, StoredArray, path_inside
 from normdoctor.readers.finishing import Budget
 from normdoctor.readers.pickle_machine import PickleMachine
 from normdoctor.readers.pickle_records import Call, Global, OpaqueKey, Pickled
@@ -114,7 +114,7 @@ def read(source: Source) -> Checkpoint:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where the bytes of one chunk or object lie."""
 
     file: Path
@@ -143,7 +143,7 @@ class _Parts:
             raise self.damaged(f"it has no {name}")
         return table
 
-    def _places_in(self, table: dict[Any, Any], pickled: Pickled) -> dict[tuple[str, tuple[int, ...] | None], _Place]:
+    def _places_in(self, table: dict[Any, Any], pickled: Pickled) -> dict[tuple[str, tuple[int, ...] | None], Place]:
         """Name and offset of a chunk (None for an object) → its place. The keys are objects, kept by identity."""
         indices = {id(call): call for call in pickled.calls}
         files: dict[str, Path] = {}
@@ -159,7 +159,7 @@ class _Parts:
             if not isinstance(relative, str) or relative not in files:
                 files[str(relative)] = path_inside(self.path.parent, relative)
             transformed = bool(info.get("transform_descriptors"))
-            places[name, start] = _Place(files[str(relative)], offset, length, transformed)
+            places[name, start] = Place(files[str(relative)], offset, length, transformed)
         return places
 
     def fields(self, record: object, name: str) -> Mapping[Any, Any]:
@@ -180,7 +180,7 @@ class _Parts:
                 total += file.stat().st_size
         return total
 
-    def place(self, name: str, start: tuple[int, ...] | None) -> _Place:
+    def place(self, name: str, start: tuple[int, ...] | None) -> Place:
         """Where a chunk or an object lies. Raises InputError where the metadata does not say."""
         found = self._places.get((name, start))
         if found is None:
@@ -188,7 +188,7 @@ class _Parts:
         return found
 
     @contextmanager
-    def archive(self, name: str, place: _Place) -> Iterator[tuple[Source, ZipRecords]]:
+    def archive(self, name: str, place: Place) -> Iterator[tuple[Source, ZipRecords]]:
         """The torch.save archive at `place`, for as long as its file is open."""
         if place.transformed:
             raise InputError(
@@ -207,8 +207,9 @@ class _Parts:
             finally:
                 self.bytes_read += source.bytes_read
 
-    def chunk(self, name: str, start: tuple[int, ...], shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-        """The values of one chunk. Raises InputError where its slice holds anything else than that."""
+    @contextmanager
+    def chunk(self, name: str, start: tuple[int, ...], shape: tuple[int, ...], dtype: str) -> Iterator[StoredArray]:
+        """One chunk, for as long as its file is open. Raises InputError where its slice holds anything else."""
         self._left -= 1
         if self._left < 0:
             raise InputError(
@@ -223,11 +224,38 @@ class _Parts:
                     pickled, reader = unpickle_zip(part, records)
                     tensor = reader.tensor(pickled.value)
                     if tensor is not None and (tensor.array.shape, tensor.array.dtype) == (shape, dtype):
-                        return tensor.array.numpy()
+                        assert isinstance(tensor.array, StoredArray)
+                        yield tensor.array
+                        return
         raise InputError(
             f"{place.file}: what lies at {place.offset:,} is not the chunk of {name} that the metadata describes",
             "The checkpoint is damaged, or parts of two checkpoints were mixed; copy it again.",
         )
+
+    @cached_property
+    def overlapping(self) -> frozenset[Place]:
+        """Places that share bytes of their file with another one's."""
+        found = set()
+        widest: Place | None = None
+        for place in sorted(self._places.values(), key=lambda place: (str(place.file), place.offset)):
+            if widest is not None and place.file == widest.file and place.offset < widest.offset + widest.length:
+                found |= {place, widest}
+                reach = widest.offset + widest.length
+                widest = place if place.offset + place.length > reach else widest
+            else:
+                widest = place
+        return frozenset(found)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One chunk of a tensor, for as long as its file is open."""
+
+    region: tuple[slice, ...]
+    """Of the whole tensor."""
+    place: Place
+    array: StoredArray
+    """Its storage is a record of the archive at `place`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,18 +286,24 @@ class ChunkedArray:
             raise InputError(f"{self.name} has {size:,} elements: not a norm's", "The metadata is damaged.")
         values: NDArray[Any] | None = None
         filled = np.zeros(self.shape, dtype=bool)
+        for part in self.slices():
+            if filled[part.region].any():
+                raise self.parts.damaged(f"two chunks of {self.name} overlap")
+            chunk = part.array.numpy()
+            values = np.zeros(self.shape, dtype=chunk.dtype) if values is None else values
+            values[part.region], filled[part.region] = chunk, True
+        if not filled.all():
+            raise self.parts.damaged(f"the chunks of {self.name} do not cover it")
+        return np.zeros(self.shape, dtype=np.float32) if values is None else values
+
+    def slices(self) -> Iterator[Slice]:
+        """The chunks as they are stored. The file of each is open until the next one is asked for."""
         for start, shape in self._places():
             if 0 in shape:  # a rank that had nothing of it
                 continue
             region = tuple(slice(begin, begin + length) for begin, length in zip(start, shape, strict=True))
-            if filled[region].any():
-                raise self.parts.damaged(f"two chunks of {self.name} overlap")
-            chunk = self.parts.chunk(self.name, start, shape, self.dtype)
-            values = np.zeros(self.shape, dtype=chunk.dtype) if values is None else values
-            values[region], filled[region] = chunk, True
-        if not filled.all():
-            raise self.parts.damaged(f"the chunks of {self.name} do not cover it")
-        return np.zeros(self.shape, dtype=np.float32) if values is None else values
+            with self.parts.chunk(self.name, start, shape, self.dtype) as array:
+                yield Slice(region, self.parts.place(self.name, start), array)
 
     def _places(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
         """Where each chunk begins in the tensor, and its shape. One that several ranks wrote counts once."""

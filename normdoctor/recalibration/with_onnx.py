@@ -27,7 +27,7 @@ from normdoctor.readers.onnx_arrays import DTYPES, size
 from normdoctor.readers.onnx_graph import MAX_CHAIN, Place, Scope, Step
 from normdoctor.readers.onnx_layers import Named
 from normdoctor.readers.onnx_records import FunctionKey, Tensor, read_entry
-from normdoctor.readers.onnx_splices import Edits
+from normdoctor.readers.onnx_splices import Edits, tagged_fields
 from normdoctor.readers.onnx_wire import BYTES, Wire, bytes_field, varint_field
 from normdoctor.writing import replacing
 
@@ -35,6 +35,9 @@ MARK_KEY = "normdoctor.recalibrated"
 
 INITIALIZERS_ARE_INPUTS = 4
 """Below this IR version every initializer must be an input of the graph as well."""
+
+EXTERNAL_DATA, DATA_LOCATION = 13, 14
+"""The fields of a TensorProto that say where its values are."""
 
 DATA_TYPES = {name: number for number, name in DTYPES.items()}
 
@@ -54,23 +57,33 @@ def recorded_mark(source_path: Path) -> str | None:
     return None
 
 
-def write_onnx(source_path: Path, output: Path, changes: Mapping[str, Mapping[str, NDArray[Any]]], mark: str) -> None:
+def write_onnx(
+    source_path: Path,
+    output: Path,
+    changes: Mapping[str, Mapping[str, NDArray[Any]]],
+    mark: str,
+    *,
+    share_data: bool = False,
+) -> None:
     """A copy of the model at `output` with new values for the named layers; whole or not at all.
 
     changes: layer name, as the reader gives it → {"running_mean": values, "running_var": values}, a value per
     channel. mark: kept in the model's metadata, see `recorded_mark`. External data that changes is copied
-    beside the output; data that does not is copied only into another folder.
+    beside the output; data that does not is copied only into another folder. share_data: no data file is
+    copied; what changes moves into the model itself, and the rest is referred to where it lies.
 
     Raises RefusedError, with nothing written, for a layer that is not there, whose statistics are computed,
-    whose type cannot hold a value, or that shares its statistics inside a local function."""
+    whose type cannot hold a value, or that shares its statistics inside a local function; with share_data also
+    where the data lies neither in the folder of the output nor below it, for a model finds no other."""
     with Source(source_path) as source:
         found = survey(source)
         with found.checkpoint:
-            _Writer(found, output).write(changes, mark)
+            _Writer(found, output, share_data).write(changes, mark)
 
 
 class _Writer:
-    def __init__(self, found: Survey, output: Path) -> None:
+    def __init__(self, found: Survey, output: Path, share_data: bool) -> None:
+        self.share_data = share_data
         self.program = found.program
         self.document = found.document
         self.tensors = found.tensors
@@ -79,6 +92,8 @@ class _Writer:
         self.edits = Edits(found.document.source, found.document.wire.root)
         self.patches: dict[Path, list[Patch]] = {}
         """External files to change, by real path."""
+        self.taken_in: set[int] = set()
+        """External tensors whose values are in the model now, by where they stand."""
         self.all = all_tensors(self.program)
         scopes = list({id(step.scope): step.scope for step in self.program.steps}.values())
         self.calls = Counter(scope.function for scope in scopes if scope.function is not None)
@@ -92,7 +107,7 @@ class _Writer:
             for role, values in new.items():
                 self._change(item, role, values)
         self._mark(mark)
-        files = self._external_files()
+        files = self._external_files(self._external_tensors())
         made: list[Path] = []
         try:
             with ExitStack() as stack:
@@ -139,6 +154,8 @@ class _Writer:
         tensor = self._own(item, place)
         if tensor is None:
             self._give_copy(item, role, ref.dtype, data)
+        elif tensor.is_external and self.share_data:
+            self._take_in(tensor, data)
         elif tensor.is_external:
             real, offset, _ = self._extent(tensor)
             self.patches.setdefault(real, []).append((offset, data))
@@ -147,6 +164,15 @@ class _Writer:
         else:
             (_, start, end) = next(iter(tensor.typed.values()))[0]
             self.edits.replace(tensor.span, start, end, data)
+
+    def _take_in(self, tensor: Tensor, data: bytes) -> None:
+        """Give an external tensor its values in the model."""
+        span = tensor.span
+        for begin, (number, _, _, _, end) in tagged_fields(self.document.wire, span):
+            if number in (EXTERNAL_DATA, DATA_LOCATION):
+                self.edits.replace(span, begin, end, b"")
+        self.edits.replace(span, span.end, span.end, bytes_field(9, data))
+        self.taken_in.add(span.start)
 
     def _own(self, item: Named, place: Place) -> Tensor | None:
         """The tensor behind a parameter, where its bytes lie in one piece and nobody else uses them."""
@@ -175,6 +201,10 @@ class _Writer:
             tensor = None if value is None else value.tensor
         if tensor is None or not isinstance(self.tensors.array(tensor), StoredArray):
             return None
+        if tensor.is_external and self.share_data:
+            told = tensor.location
+            # Of one that is written in two parts the second is elsewhere: it cannot be rewritten as one.
+            return tensor if told is not None and tensor.span.start < told.start < tensor.span.end else None
         return None if tensor.is_external and self._overlaps(tensor) else tensor
 
     def _overlaps(self, tensor: Tensor) -> bool:
@@ -250,18 +280,25 @@ class _Writer:
 
     # external data
 
-    def _external_files(self) -> dict[Path, Path]:
-        """Which external file (by real path) is copied to where; locations are rewritten where names change."""
-        folder = self.document.source.path.parent
-        here = self.output.parent.resolve() == folder.resolve()
+    def _external_tensors(self) -> dict[Path, list[Tensor]]:
+        """The tensors that stay outside the model, by the real path of their file."""
         by_file: dict[Path, list[Tensor]] = {}
         for tensor in self.all:
-            if tensor.is_external:
+            if tensor.is_external and tensor.span.start not in self.taken_in:
                 by_file.setdefault(self._extent(tensor)[0], []).append(tensor)
         if self.output.resolve() in by_file:
             raise RefusedError(
                 f"{self.output}: holds the weights of the input, which is never overwritten", "Choose another -o."
             )
+        return by_file
+
+    def _external_files(self, by_file: Mapping[Path, list[Tensor]]) -> dict[Path, Path]:
+        """Which external file (by real path) is copied to where; locations are rewritten where names change."""
+        here = self.output.parent.resolve() == self.document.source.path.parent.resolve()
+        if self.share_data:
+            if not here:
+                self._refer(by_file)
+            return {}
         files: dict[Path, Path] = {}
         taken = {self.output.resolve(), *by_file}
         for real, tensors in by_file.items():
@@ -284,6 +321,22 @@ class _Writer:
             taken.add(target.resolve())
             files[real] = target
         return files
+
+    def _refer(self, by_file: Mapping[Path, list[Tensor]]) -> None:
+        """Locations that lead from the output to the data of the input."""
+        folder = self.output.parent.resolve()
+        for real, tensors in by_file.items():
+            if not real.is_file():
+                continue  # missing, as before
+            if not real.is_relative_to(folder):
+                raise RefusedError(
+                    f"{real}: a model finds external data in its own folder and below, and {self.output} is elsewhere",
+                    "Write the output beside the input, or leave out --share-data.",
+                )
+            spelt = real.relative_to(folder).as_posix().encode()
+            for place in (tensor.location for tensor in tensors):
+                if place is not None:
+                    self.edits.replace(place, place.start, place.end, spelt)
 
     def _free_name(self, taken: set[Path]) -> Path:
         """OUTPUT.data, or OUTPUT.2.data, ...; a file that is there is only replaced together with the output."""

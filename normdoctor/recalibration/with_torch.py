@@ -1,8 +1,8 @@
-"""Repairs into the buffers of a live module."""
+"""New values into the buffers of a live module."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 
@@ -10,15 +10,13 @@ from normdoctor.errors import RefusedError
 from normdoctor.layers import Checkpoint
 from normdoctor.readers.arrays import decode
 from normdoctor.readers.live_module import LiveArray
-from normdoctor.recalibration.debias import Repair
-from normdoctor.recalibration.write_back import changes_of, check_unshared, encode_checked
+from normdoctor.recalibration.write_back import Change, check_unshared, encode_checked
 
 
-def assign(checkpoint: Checkpoint, repairs: Iterable[Repair]) -> None:
+def assign(checkpoint: Checkpoint, changes: Sequence[Change]) -> None:
     """Overwrite the buffers in place, in their own type and on their own device; all of them or none.
 
     Raises RefusedError where write_back would, and for tensors made in inference mode."""
-    changes = changes_of(repairs)
     check_unshared(changes, checkpoint.list_references())
     prepared = []
     for change in changes:

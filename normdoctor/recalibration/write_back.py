@@ -41,6 +41,9 @@ MOST_CHANGE = 0.01
 WIDER = "Save the model in float32 first."
 
 
+STATISTICS = ("running_mean", "running_var")
+
+
 @dataclass(frozen=True)
 class Change:
     """New values for one tensor of one layer."""

@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from normdoctor.findings import Finding, Report, Severity, Survey
+from normdoctor.findings import DATA_FIELD, Finding, Report, Severity, Survey
 from normdoctor.layers import NormLayer, Vector
+from normdoctor.measured import Drift, DriftVerdict
+from normdoctor.reports.drift import DRIFT_COLUMNS, drift_in_words
 from normdoctor.reports.terminal import console_for, print_paragraph, print_table
 from normdoctor.reports.text import printable
 from normdoctor.reports.wording import (
@@ -32,6 +34,12 @@ from normdoctor.reports.wording import (
 )
 
 STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.INFO: "bold cyan"}
+VERDICT_STYLES = {
+    DriftVerdict.HEALTHY: "bold green",
+    DriftVerdict.NOISY: "bold cyan",
+    DriftVerdict.STALE: "bold yellow",
+    DriftVerdict.UNKNOWN: "bold",
+}
 INDENT = 9
 LAYERS_SHOWN = 10
 CODES_SHOWN = 2
@@ -99,6 +107,8 @@ class _Page:
         self._header()
         for group in grouped(self.new):
             self._finding(group)
+        if self.report.drift is not None:
+            self._drift(self.report.drift)
         if self.report.layers:
             self._table()
         if self.verbose:
@@ -164,19 +174,42 @@ class _Page:
             ("findings", "left", [_few(codes.get(layer.name, [])) for layer in layers]),
         ]
         columns = [column for column in columns if column[0] in ("layer", "findings") or any(column[2])]
+        self._print_columns(columns, ragged="findings")
+        self._hidden(len(report.layers) - len(layers))
+        self._line()
+
+    def _drift(self, drift: Drift) -> None:
+        """The verdict with what it rests on, and the layers that are furthest off."""
+        self._line(Text("drift    ").append(drift.verdict.value, style=VERDICT_STYLES[drift.verdict]))
+        self._paragraph(drift.meaning, INDENT)
+        self._paragraph(drift_in_words(drift), INDENT)
+        if drift.command:
+            self._fix(drift.command)
+        self._line()
+        rows = drift.layers[: None if self.every_layer else LAYERS_SHOWN]
+        if rows:
+            columns = [(title, side, [printable(cell(row)) for row in rows]) for title, side, cell in DRIFT_COLUMNS]
+            self._print_columns([column for column in columns if any(column[2])])
+            self._hidden(len(drift.layers) - len(rows))
+        for name, why in drift.left.items():
+            self._paragraph(f"not compared: {name}, {why}", 0)
+        self._line()
+
+    def _print_columns(self, columns: Sequence[tuple[str, str, list[str]]], ragged: str = "") -> None:
+        """A table in the width of the console: names in the first column give way, `ragged` may take several lines."""
         others = sum(max(len(cell) for cell in (title, *cells)) for title, _, cells in columns[1:])
         gap = 2 if self.console.width - others - 2 * len(columns) >= ROOMY_NAME else 1
         room = max(MIN_NAME, self.console.width - others - gap * len(columns))
         table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), collapse_padding=True, header_style="bold")
         for title, side, _ in columns:
-            table.add_column(title, justify="right" if side == "right" else "left", no_wrap=title != "findings")
+            table.add_column(title, justify="right" if side == "right" else "left", no_wrap=title != ragged)
         for row in zip(*(cells for _, _, cells in columns), strict=True):
             table.add_row(Text(self._shortened(row[0], room)), *(Text(cell) for cell in row[1:]))
         print_table(self.console, table)
-        hidden = len(report.layers) - len(layers)
-        if hidden:
-            self._line(f"{self.ellipsis} {plural(hidden, 'more layer')} (--all)")
-        self._line()
+
+    def _hidden(self, count: int) -> None:
+        if count:
+            self._line(f"{self.ellipsis} {plural(count, 'more layer')} (--all)")
 
     def _spread(self, values: Vector | None) -> str:
         """Smallest and largest value with the histogram between them: 0.02 ▁▂▇▅▁ 1.4"""
@@ -203,7 +236,12 @@ class _Page:
                 self._paragraph(f"tied: {layer.name} is also {', '.join(layer.aliases)}", 2)
         for miss in self.report.near_misses:
             self._paragraph(f"not a norm: {miss.name or '(top level)'} {list(miss.shape)}: {miss.reason}", 2)
+        without_data = list(dict.fromkeys(skip.code for skip in self.report.skips if DATA_FIELD in skip.missing))
+        if without_data:
+            self._paragraph(f"need data: {', '.join(without_data)}", 2)
         for skip in self.report.skips:
+            if DATA_FIELD in skip.missing:
+                continue
             where = skip.layer or "every layer"
             self._paragraph(
                 f"skipped: {skip.code} {skip.rule.name} on {where}, for want of {', '.join(skip.missing)}",

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from normdoctor.findings import Finding, Report, Survey
 from normdoctor.layers import VECTORS, NormLayer
+from normdoctor.measured import LayerDrift
 from normdoctor.reports.json import statistics_of, updates_of
 from normdoctor.reports.text import printable
 from normdoctor.reports.wording import new_findings
@@ -22,9 +23,14 @@ COLUMNS = (
     *("track_running_stats", "num_batches_tracked"),
     *(f"{name}_{measure}" for name in VECTORS for measure in MEASURES),
     *("nonfinite", "severity", "codes"),
+    *("drift_kl", "drift_kl_p95", "drift_z", "drift_z_p95", "drift_var_ratio", "drift_beyond", "effective_samples"),
 )
 """min, median and max are of the finite values; nonfinite is how many others the layer has. severity is that of
-its worst finding, codes are those of all; findings that the baseline knows are left out."""
+its worst finding, codes are those of all; findings that the baseline knows are left out. drift_* are filled where
+the model was run on data: medians and 95th percentiles over channels."""
+
+DRIFT_FIELDS = ("divergence", "divergence_p95", "shift", "shift_p95", "ratio", "beyond", "effective")
+"""Of LayerDrift, in the order of their columns."""
 
 FORMULA = "=+-@＝＋－＠"
 """What makes a spreadsheet take the rest of a cell for a formula, in either width."""
@@ -44,11 +50,12 @@ def _rows(report: Report) -> Iterator[list[str]]:
     findings: dict[str | None, list[Finding]] = {}
     for finding in new_findings(report):
         findings.setdefault(finding.layer, []).append(finding)
+    drifts = {row.layer: row for row in report.drift.layers} if report.drift is not None else {}
     for layer in report.layers:
-        yield _row(report.path, layer, findings.get(layer.name, []))
+        yield _row(report.path, layer, findings.get(layer.name, []), drifts.get(layer.name))
 
 
-def _row(path: str, layer: NormLayer, findings: list[Finding]) -> list[str]:
+def _row(path: str, layer: NormLayer, findings: list[Finding], drift: LayerDrift | None) -> list[str]:
     stats = statistics_of(layer)
     measured = [stats.get(name, {}).get(measure) for name in VECTORS for measure in MEASURES]
     return [
@@ -68,6 +75,7 @@ def _row(path: str, layer: NormLayer, findings: list[Finding]) -> list[str]:
         _value(sum(of["nonfinite"] for of in stats.values())),
         str(max(finding.severity for finding in findings)) if findings else "",
         " ".join(dict.fromkeys(finding.code for finding in findings)),
+        *(_value(None if drift is None else getattr(drift, name)) for name in DRIFT_FIELDS),
     ]
 
 

@@ -8,12 +8,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
 
 from normdoctor.findings import Finding, Report, Severity, Skip, Survey
 from normdoctor.layers import NormLayer, median
+from normdoctor.measured import Drift
 
 SCHEMA_VERSION = 1
 
@@ -44,6 +46,16 @@ def _file(report: Report) -> dict[str, Any]:
         "near_misses": [
             {"name": miss.name, "shape": list(miss.shape), "reason": miss.reason} for miss in report.near_misses
         ],
+        "drift": None if report.drift is None else drift_of(report.drift),
+    }
+
+
+def drift_of(drift: Drift) -> dict[str, Any]:
+    """The fields of the record under their own names; KL in nats, shifts in standard deviations."""
+    return {
+        **{entry.name: getattr(drift, entry.name) for entry in fields(drift)},
+        "verdict": drift.verdict.value,
+        "layers": [asdict(row) for row in drift.layers],
     }
 
 

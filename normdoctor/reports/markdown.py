@@ -11,6 +11,8 @@ from typing import Any
 
 from normdoctor.findings import Failure, Finding, Report, Severity, Survey
 from normdoctor.layers import NormLayer
+from normdoctor.measured import Drift
+from normdoctor.reports.drift import DRIFT_COLUMNS, drift_in_words
 from normdoctor.reports.json import statistics_of
 from normdoctor.reports.text import html_code, markdown_code, markdown_text, shortened
 from normdoctor.reports.wording import (
@@ -56,6 +58,12 @@ def render(survey: Survey) -> str:
     if found := ranked(survey.reports):
         columns = _finding_columns(len(survey.reports) > 1)
         page.add_rows(head_of(columns), found, row_maker(columns), "finding")
+    for report in survey.reports:
+        if report.drift is not None:
+            head = "\n\n".join(filter(None, (_drift(report, report.drift), head_of(_drift_columns(report.drift)))))
+            page.add_rows(
+                head, report.drift.layers, row_maker(_drift_columns(report.drift)), "layer", tail="\n\n</details>"
+            )
     for report in survey.reports:
         if report.layers or report.notes:
             columns = _layer_columns(report)
@@ -172,6 +180,24 @@ def _fold(report: Report) -> str:
     if len(report.notes) > NOTES_SHOWN:
         notes.append(f"- and {plural(len(report.notes) - NOTES_SHOWN, 'more note')}")
     return "\n\n".join(filter(None, (f"<details><summary>{title}</summary>", about, "\n".join(notes))))
+
+
+def _drift(report: Report, drift: Drift) -> str:
+    """The beginning of what is folded away: the verdict in the title, then what it rests on and what to do."""
+    name = html_code(shortened(report.path, NAME_ROOM))
+    title = f"{name}: statistics <b>{drift.verdict.value}</b> on this data"
+    fix = " ".join(filter(None, (prose_of(drift.meaning), markdown_code(drift.command) if drift.command else "")))
+    left = [f"- not compared: {code_name(name)}, {prose_of(why, NOTE_ROOM)}" for name, why in drift.left.items()]
+    if len(left) > NOTES_SHOWN:
+        left = [*left[:NOTES_SHOWN], f"- and {plural(len(left) - NOTES_SHOWN, 'more layer')}"]
+    parts = (f"<details><summary>{title}</summary>", fix, prose_of(drift_in_words(drift)), "\n".join(left))
+    return "\n\n".join(filter(None, parts))
+
+
+def _drift_columns(drift: Drift) -> list[Column]:
+    columns: list[Column] = [("layer", "---", lambda row: code_name(row.layer))]
+    columns += [(title, "---:" if side == "right" else "---", cell) for title, side, cell in DRIFT_COLUMNS[1:]]
+    return columns if drift.layers else []
 
 
 def _layer_columns(report: Report) -> list[Column]:

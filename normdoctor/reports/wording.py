@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 
-from normdoctor.findings import Finding, Report, Rule, Severity, Skip
+from normdoctor.findings import DATA_FIELD, Finding, Report, Rule, Severity, Skip
 from normdoctor.layers import NormKind, NormLayer
 
 SHORT_KINDS = {
@@ -88,6 +89,9 @@ def verdict(reports: Sequence[Report]) -> str:
     Findings of one rule in one file count as one."""
     layers = sum(len(report.layers) for report in reports)
     line = f"{plural(layers, 'layer')}: {severities_in_words(reports) or 'nothing found'}"
+    verdicts = list(dict.fromkeys(report.drift.verdict.value for report in reports if report.drift is not None))
+    if verdicts:
+        line += f"; statistics {' and '.join(verdicts)} on this data"
     known = sum(finding.known for report in reports for finding in report.findings)
     if known:
         line += f"; {plural(known, 'known finding')} in the baseline"
@@ -113,10 +117,17 @@ def kinds_in_words(layers: Sequence[NormLayer]) -> str:
 
 
 def skips_in_words(skips: Sequence[Skip]) -> str:
-    """How many rules were skipped, for want of what."""
-    rules = {skip.code for skip in skips}
-    missing = list(dict.fromkeys(name for skip in skips for name in skip.missing))
-    return f"{plural(len(rules), 'check')} skipped for want of {', '.join(missing)}"
+    """How many rules were skipped, for want of what; those that need data apart."""
+    without_data = {skip.code for skip in skips if DATA_FIELD in skip.missing}
+    others = [skip for skip in skips if skip.code not in without_data]
+    words = []
+    if others:
+        missing = list(dict.fromkeys(name for skip in others for name in skip.missing))
+        words.append(f"{plural(len({skip.code for skip in others}), 'check')} skipped for want of {', '.join(missing)}")
+    if without_data:
+        need = "needs" if len(without_data) == 1 else "need"
+        words.append(f"{plural(len(without_data), 'check')} {need} data (--data)")
+    return "; ".join(words)
 
 
 def split_fix(fix: str) -> tuple[str, str]:
@@ -133,7 +144,8 @@ def split_fix(fix: str) -> tuple[str, str]:
 
 def example_fix(rule: Rule) -> str:
     """The rule's fix with names of files as an example."""
-    return rule.fix.replace("{path}", "model.pt").replace("{fixed}", "fixed.pt").replace("{momentum}", "")
+    words = {"{path}": "model.pt", "{fixed}": "fixed.pt", "{momentum}": "", "{data}": " --data calib.npy"}
+    return reduce(lambda fix, placeholder: fix.replace(placeholder, words[placeholder]), words, rule.fix)
 
 
 def short_kind(layer: NormLayer) -> str:
@@ -170,6 +182,12 @@ def size(count: int) -> str:
         if amount < 1000 or unit == "TB":
             break
     return f"{amount:.1f} {unit}" if amount < 100 and unit != "KB" else f"{amount:.0f} {unit}"
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with two significant digits: 0.34 %, 74 %."""
+    value = 100 * share
+    return f"{value:.0f} %" if value >= 9.95 else f"{value:.2g} %"
 
 
 def plural(count: int, noun: str) -> str:

@@ -7,6 +7,8 @@ import copyreg
 from normdoctor.findings import Rule
 from normdoctor.rules import (
     affine,
+    calibration_data,
+    drift,
     files,
     modes,
     numerics,
@@ -17,10 +19,11 @@ from normdoctor.rules import (
     stand_ins,
     statistics,
     storage,
+    token_data,
     transformers,
 )
 
-FAMILIES = "SACNTF"
+FAMILIES = "SACNDTF"
 """The families in the order in which they are listed."""
 
 RULES: tuple[Rule, ...] = tuple(
@@ -35,7 +38,10 @@ RULES: tuple[Rule, ...] = tuple(
             *modes.RULES,
             *storage.RULES,
             *numerics.RULES,
+            *drift.RULES,
+            *calibration_data.RULES,
             *transformers.RULES,
+            *token_data.RULES,
             *stand_ins.RULES,
             *files.RULES,
         ),

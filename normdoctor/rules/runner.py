@@ -7,14 +7,16 @@ check is only ever called with what it needs and says only what it sees.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from normdoctor.findings import (
     ASSUMABLE_FIELDS,
+    DATA_FIELD,
     DEBIAS_COMMAND,
+    MEASURE_ANEW,
     RECALIBRATE,
     Context,
     Finding,
@@ -37,6 +39,9 @@ from normdoctor.layers import (
     Model,
     NormLayer,
 )
+from normdoctor.measured import Drift
+from normdoctor.rules.drift import stat_divergence
+from normdoctor.rules.verdict import drift_of
 
 DEFAULTS = {"eps": DEFAULT_EPS, "momentum": DEFAULT_MOMENTUM}
 
@@ -62,6 +67,8 @@ class Settings:
     momentum: float | None = None
     assume: bool = True
     precision: Precision | None = None
+    train_batch: int | None = None
+    """Samples in a batch of the training, where that is known."""
     limits: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Thresholds by rule code and name, where they differ from the rule's own."""
 
@@ -79,13 +86,14 @@ def examine(
     unused = unused_values(checkpoint, settings)
     models = [_with_given(model, settings) for model in checkpoint.models]
     shown = {layer.name for model in models for layer in model.layers if wanted(layer)}
+    drifts = {model.key: drift for model in models if (drift := _drift(model, settings)) is not None}
     findings: list[Finding] = []
     skips: list[Skip] = []
     stood_in: dict[str, float] = {}
     variants: Variants = {}
     silent = frozenset(layer.name for layer in checkpoint.layers if layer.momentum is None)
     for rule in rules:
-        run = _Run(rule, checkpoint, settings, variants, silent)
+        run = _Run(rule, checkpoint, settings, variants, silent, drifts)
         if rule.scope is Scope.FILE:
             run.on_file()
         else:
@@ -110,6 +118,28 @@ def examine(
         near_misses=tuple(miss for model in models for miss in model.near_misses),
         bytes_read=checkpoint.count_bytes_read(),
         bytes_total=checkpoint.bytes_total,
+        drift=next(
+            (
+                _of_wanted(drift, {layer.name for layer in checkpoint.layers} - shown, checkpoint)
+                for drift in drifts.values()
+            ),
+            None,
+        ),
+    )
+
+
+def _drift(model: Model, settings: Settings) -> Drift | None:
+    limits = {**stat_divergence.limits, **settings.limits.get(stat_divergence.code, {})}
+    return drift_of(model, limits, settings.train_batch)
+
+
+def _of_wanted(drift: Drift, unwanted: Collection[str], checkpoint: Checkpoint) -> Drift:
+    """The verdict on the whole model, the rows of the layers that are wanted, the file's name in the command."""
+    return replace(
+        drift,
+        layers=tuple(row for row in drift.layers if row.layer not in unwanted),
+        left={name: why for name, why in drift.left.items() if name not in unwanted},
+        command=fill_in(drift.command, checkpoint),
     )
 
 
@@ -126,8 +156,10 @@ class _Run:
         settings: Settings,
         variants: Variants,
         silent: frozenset[str],
+        drifts: Mapping[str | None, Drift],
     ) -> None:
         self.rule = rule
+        self._drifts = drifts
         self._silent = silent
         self._variants = variants
         self.checkpoint = checkpoint
@@ -199,7 +231,13 @@ class _Run:
         return self._variants[key]
 
     def _context(self, model: Model) -> Context:
-        return Context(model=model, limits=self.limits, precision=self.settings.precision)
+        return Context(
+            model=model,
+            limits=self.limits,
+            precision=self.settings.precision,
+            train_batch=self.settings.train_batch,
+            drift=self._drifts.get(model.key),
+        )
 
     def _record(self, seen: Observation, layer: NormLayer | None, assumed: Mapping[str, float]) -> None:
         rule = self.rule
@@ -248,7 +286,7 @@ class _Run:
         if not self._applied:
             fields = tuple(dict.fromkeys(name for names in missing.values() for name in names))
             yield Skip(rule=self.rule, layer=None, missing=fields)
-        else:
+        elif DATA_FIELD not in self.rule.needs:  # which layers could not be measured is in Report.drift, with reasons
             for name, names in missing.items():
                 yield Skip(rule=self.rule, layer=name, missing=names)
 
@@ -295,11 +333,13 @@ def _filled(layer: NormLayer, values: Mapping[str, float]) -> NormLayer:
 
 def fill_in(fix: str, checkpoint: Checkpoint, momentum: str = "", layer: NormLayer | None = None) -> str:
     """Put the file's name into a fix: {path} as the shell wants it, {fixed} for a sensible output, {momentum} for
-    the option that a file without one needs. A live module is repaired through the API instead, a checkpoint in
-    several files through the one that holds the layer, or else once it is in one file."""
+    the option that a file without one needs, {data} for the data that was given. A live module is repaired through
+    the API instead, a checkpoint in several files through the one that holds the layer, or else once it is in one
+    file."""
     first = ""
     if checkpoint.container is Container.MEMORY:
         fix = fix.replace(DEBIAS_COMMAND, 'normdoctor.recalibrate(module, method="debias")')
+        fix = fix.replace(MEASURE_ANEW, "normdoctor.recalibrate(module, data)")
     path = Path(checkpoint.path)
     if checkpoint.container is Container.FOLDER and RECALIBRATE in fix:
         one_file = None if layer is None else checkpoint.files.get(layer.name)
@@ -309,4 +349,6 @@ def fill_in(fix: str, checkpoint: Checkpoint, momentum: str = "", layer: NormLay
     for placeholder, word in words.items():
         word = f"./{word}" if word.startswith("-") else word  # or the shell's next program takes it for an option
         fix = fix.replace(placeholder, shlex.quote(word))
-    return first + fix.replace("{momentum}", momentum)
+    seen = next((model.measurement for model in checkpoint.models if model.measurement is not None), None)
+    data = "" if seen is None else seen.options
+    return first + fix.replace("{momentum}", momentum).replace("{data}", f" {data or '--data DATA'}")

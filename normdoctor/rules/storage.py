@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from normdoctor.findings import Confidence, Context, Observation, Rule, Scope, Severity, rule
 from normdoctor.layers import TRACKING_KINDS, VECTORS, NormKind, NormLayer
+from normdoctor.measured import DriftVerdict
 from normdoctor.rules.wording import REESTIMATE, both, plural
 
 
@@ -27,16 +28,20 @@ def averaged_weights_old_stats(layers: tuple[NormLayer, ...], context: Context) 
 
     Averaged weights make other activations than any of the models they come from, so their statistics must be
     computed anew after averaging; a file cannot show whether they were. That the buffers were averaged along,
-    as a counter with a fraction shows (S112), is not the same thing.
+    as a counter with a fraction shows (S112), is not the same thing. Data shows it: a warning where the statistics
+    are not those of the data (D603).
 
     Harmless where update_bn or the like ran afterwards. Example: n_averaged = 12; re-estimating took a digits
     CNN from 96.6 % to 98.7 %.
     """
     if context.model.averaged:
+        verdict = DriftVerdict.UNKNOWN if context.drift is None else context.drift.verdict
+        older = {DriftVerdict.STALE: "are older (D603)", DriftVerdict.HEALTHY: "fit them on this data"}
         yield Observation(
             message=f"Averaged weights: {context.model.averaged}. The running statistics of "
-            f"{plural(len(layers), 'layer')} may be older.",
+            f"{plural(len(layers), 'layer')} {older.get(verdict, 'may be older')}.",
             evidence={"averaged": context.model.averaged},
+            severity=Severity.WARNING if verdict is DriftVerdict.STALE else None,
         )
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from normdoctor.data.wanted import Wanted
 from normdoctor.errors import CannotRunError, InputError, NormDoctorError, UsageError
-from normdoctor.folding.data import OPEN_LENGTHS, Wanted, load_data, random_inputs, with_shapes
+from normdoctor.folding.data import OPEN_LENGTHS, load_data, random_inputs, with_shapes
 from normdoctor.models.inputs import parse_input_shapes
 
 IMAGE = Wanted("x", ("batch", 3, None, 8))

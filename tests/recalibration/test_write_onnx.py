@@ -429,6 +429,104 @@ def test_data_in_a_subfolder_keeps_its_place(tmp_path: Path) -> None:
     check_written(tmp_path / "b" / "fixed.onnx", before, new("bn1"))
 
 
+@pytest.mark.parametrize("where", ["beside", "above"])
+def test_external_data_is_referred_to_where_it_lies(tmp_path: Path, where: str) -> None:
+    """What changes moves into the model; no byte of the data is copied or changed."""
+    source = external(tmp_path / "a")
+    output = tmp_path / "a" / "fixed.onnx" if where == "beside" else tmp_path / "fixed.onnx"
+    data = (source.parent / "model.onnx.data").read_bytes()
+    before, changes = layers_of(source), new("bn2")
+    write_onnx(source, output, changes, "debias", share_data=True)
+    assert (source.parent / "model.onnx.data").read_bytes() == data
+    assert files_in(source.parent) == [*(["fixed.onnx"] if where == "beside" else []), "model.onnx", "model.onnx.data"]
+    check_written(output, before, changes)
+    check_runs(output, before, changes, ["bn1", "bn2"])
+    made = onnx.load(output, load_external_data=False)
+    inside = {t.name for t in made.graph.initializer if t.data_location != TensorProto.EXTERNAL}
+    assert inside == {"bn2.running_mean", "bn2.running_var"}
+    places = {e.value for t in made.graph.initializer for e in t.external_data if e.key == "location"}
+    assert places == {"model.onnx.data" if where == "beside" else "a/model.onnx.data"}
+
+
+def test_shared_data_is_not_reached_from_elsewhere(tmp_path: Path) -> None:
+    source = external(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(RefusedError, match="in its own folder and below") as caught:
+        write_onnx(source, tmp_path / "b" / "fixed.onnx", new("bn1"), "debias", share_data=True)
+    assert "--share-data" in caught.value.hint
+    assert files_in(tmp_path / "b") == []
+
+
+def test_sharing_data_where_all_of_a_file_changes(tmp_path: Path) -> None:
+    """Nothing is left outside; a shared initializer is given away as ever."""
+    names = ("a.weight", "a.bias", "all.running_mean", "all.running_var")
+    nodes = [norm("a", "x", "h", names), norm("b", "h", "y", ("b.weight", "b.bias", *names[2:]))]
+    stored = [tensor(name, vector(i)) for i, name in enumerate((*names, "b.weight", "b.bias"))]
+    (tmp_path / "a").mkdir()
+    source = tmp_path / "a" / "model.onnx"
+    onnx.save(make(nodes, stored), source, save_as_external_data=True, location="w", size_threshold=0)
+    before = layers_of(source)
+    changes = new(*before)
+    write_onnx(source, tmp_path / "a" / "fixed.onnx", changes, "debias", share_data=True)
+    check_written(tmp_path / "a" / "fixed.onnx", before, changes)
+    check_runs(tmp_path / "a" / "fixed.onnx", before, changes, list(before))
+    assert files_in(tmp_path / "a") == ["fixed.onnx", "model.onnx", "w"]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
+def test_broken_statistics_are_replaced(tmp_path: Path, bad: float) -> None:
+    stored = tensors_of("bn")
+    stored[2:] = [tensor(made.name, [bad] * CHANNELS) for made in stored[2:]]
+    changes = new("bn")
+    _, output, before = write(tmp_path, make([norm("bn", "x", "y")], stored), changes)
+    check_written(output, before, changes)
+    check_runs(output, before, changes, ["bn"])
+
+
+def test_a_mark_is_replaced_by_the_next(tmp_path: Path) -> None:
+    source, output, _ = write(tmp_path, make([norm("bn", "x", "y")], tensors_of("bn")), new("bn"))
+    again = tmp_path / "again.onnx"
+    write_onnx(output, again, new("bn"), "exact, 512 samples")
+    assert recorded_mark(source) is None and recorded_mark(again) == "exact, 512 samples"
+    assert len(onnx.load(again).metadata_props) == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's exporters
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_an_exported_net_whose_buffers_were_all_reset(tmp_path: Path, dynamo: bool) -> None:
+    """torch's older exporter stores equal buffers once: each norm must get its own all the same."""
+    import torch
+    from torch import nn
+
+    def layer() -> list[nn.Module]:
+        return [nn.Conv1d(CHANNELS, CHANNELS, 1), nn.BatchNorm1d(CHANNELS), nn.ReLU()]
+
+    net = nn.Sequential(*layer(), *layer(), *layer()).eval()
+    source, output = tmp_path / "net.onnx", tmp_path / "fixed.onnx"
+    options: dict[str, Any] = (
+        {"dynamo": True, "optimize": False, "verbose": False, "external_data": False}
+        if dynamo
+        else {"dynamo": False, "training": torch.onnx.TrainingMode.PRESERVE, "do_constant_folding": False}
+    )
+    x = torch.randn(2, CHANNELS, 6)
+    torch.onnx.export(net, (x,), source, **options)
+    before = layers_of(source)
+    assert len(before) == 3
+    assert any(node.op_type == "Identity" for node in onnx.load(source).graph.node) is not dynamo
+    changes = new(*before)
+    write_onnx(source, output, changes, "debias")
+    check_written(output, before, changes)
+    norms = [module for module in net if isinstance(module, nn.BatchNorm1d)]
+    for module, values in zip(norms, changes.values(), strict=True):
+        module.running_mean = torch.from_numpy(values["running_mean"])
+        module.running_var = torch.from_numpy(values["running_var"])
+    with torch.no_grad():
+        expected = net(x).numpy()
+    session = onnxruntime.InferenceSession(str(output), providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
 # refusals and failures
 
 

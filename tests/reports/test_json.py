@@ -19,6 +19,7 @@ from normdoctor.rules.runner import examine
 
 FILE = {
     "path", "format", "bytes_read", "bytes_total", "layers", "findings", "skips", "assumed", "notes", "near_misses",
+    "drift",
 }  # fmt: skip
 LAYER = {
     "name", "kind", "origin", "channels", "groups", "eps", "momentum", "training", "affine", "track_running_stats",

@@ -11,6 +11,7 @@ import pytest
 
 from normdoctor.findings import Report
 from normdoctor.layers import Checkpoint, Container, LoadCall, Model, NormLayer
+from normdoctor.measured import Measurement
 from normdoctor.rules import RULES
 from normdoctor.rules.runner import Settings, examine
 
@@ -50,6 +51,7 @@ def judge(build: Build) -> Judge:
         codes: Iterable[str] | None = None,
         averaged: str | None = None,
         load_calls: tuple[LoadCall, ...] = (),
+        measurement: Measurement | None = None,
         wanted: Callable[[NormLayer], bool] = lambda layer: True,
         path: str = "model.pt",
         **settings: Any,
@@ -63,7 +65,7 @@ def judge(build: Build) -> Judge:
             path=path,
             format="in memory",
             container=Container.ZIP,
-            models=(Model(key=None, layers=tuple(made), averaged=averaged),),
+            models=(Model(key=None, layers=tuple(made), averaged=averaged, measurement=measurement),),
             load_calls=load_calls,
         )
         rules = [rule for rule in RULES if codes is None or rule.code in codes]

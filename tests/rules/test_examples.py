@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,8 @@ import pytest
 
 from normdoctor.findings import Confidence, Severity
 from normdoctor.layers import Danger, LoadCall, NormKind
+from normdoctor.measured import Measured, Measurement, Preprocessing, Recalibrated
+from normdoctor.moments import Moments
 from normdoctor.rules import RULES
 
 INFO, WARNING, ERROR = Severity.INFO, Severity.WARNING, Severity.ERROR
@@ -836,7 +838,254 @@ FILES = [
     silent("F901", "tensors only", {}),
 ]
 
-ROWS = STATISTICS + AFFINE + SETTINGS + NUMERICS + TRANSFORMERS + FILES
+CHANNELS = np.linspace(0.0, 1.0, 16)
+MEAN, VAR = 0.4 * np.cos(7.0 * CHANNELS), 0.3 + 1.7 * CHANNELS
+CALIBRATION = Measurement(data="calib.npy", samples=1024, batches=32, order=("layer1.0.bn1",))
+
+
+def seen(
+    z: Any = 0.0,
+    ratio: Any = 1.0,
+    *,
+    batches: int = 32,
+    worth: float = 1.0,
+    mean: Any = MEAN,
+    var: Any = VAR,
+    **more: Any,
+) -> Measured:
+    """What a healthy layer's inputs are on 1,024 samples, z standard deviations and a factor away from its buffers.
+
+    worth: independent values in a sample."""
+    variance = var * ratio
+    count, batch = 1024 * 64, 1024 / batches * worth
+    effective = np.full(len(var), 1024 * worth)
+    spreads = {"mean_spread": np.sqrt(variance / batch), "var_spread": variance * np.sqrt(2 / batch)}
+    moments = Moments(count, mean + z * np.sqrt(var), variance * count)
+    return Measured(
+        **{"moments": moments, "samples": 1024, "batches": batches, "effective": effective} | spreads | more
+    )
+
+
+def measured(*args: Any, **more: Any) -> dict[str, Any]:
+    return {"measured": seen(*args, **more)}
+
+
+def told(**more: Any) -> dict[str, Any]:
+    """The measurement of a model, as the test's settings."""
+    return {"measurement": replace(CALIBRATION, **more)}
+
+
+def tried(given: float, *others: float) -> dict[str, Any]:
+    words = ("as given", "times 255", "divided by 255")
+    pairs = zip(words, (given, *others), strict=False)
+    return told(preprocessing=tuple(Preprocessing(words=word, divergence=value) for word, value in pairs))
+
+
+ALL = list(range(16))
+SIGNS = np.where(np.arange(16) % 2, 1.0, -1.0)
+FEW_CHANNELS = {"channels": 4} | measured(2.0, mean=MEAN[[0, 5, 10, 15]], var=VAR[[0, 5, 10, 15]])
+EIGHT = {"channels": 8, "running_mean": MEAN[::2], "running_var": VAR[::2]}
+DEAD = {"running_var": {3: 0.0}, "weight": {7: 1e-5}}
+
+DRIFT = [
+    fires("D601", "means a third off", measured(0.35 * SIGNS), at=ALL, severity=WARNING),
+    fires("D601", "means far off", measured(0.9 * SIGNS), at=ALL, severity=ERROR),
+    fires(
+        "D601", "a fifth of the channels", measured(np.where(CHANNELS < 0.2, 0.5, 0.0)), at=[0, 1, 2], severity=WARNING
+    ),
+    fires("D601", "frozen: by design?", measured(0.9) | {"requires_grad": False}, at=ALL, severity=WARNING),
+    fires("D601", "eight channels", EIGHT | measured(0.9, mean=MEAN[::2], var=VAR[::2]), at=range(8), severity=INFO),
+    fires(
+        "D601", "the data is prepared otherwise", measured(0.9), at=ALL, severity=WARNING, **tried(5.0, 4000.0, 0.001)
+    ),
+    silent("D601", "healthy", measured(0.1 * SIGNS)),
+    silent("D601", "within three standard errors", measured(0.4 * SIGNS, worth=0.02)),
+    silent("D601", "too few channels", FEW_CHANNELS),
+    silent("D601", "one channel of sixteen", measured(np.where(CHANNELS == 0, 9.0, 0.0))),
+    silent("D601", "only dead channels moved", DEAD | measured(np.where(np.isin(np.arange(16), (7,)), 9.0, 0.1))),
+    silent("D601", "NaN in the buffers is S101's", {"running_mean": {3: NAN}, "running_var": {9: INF}} | measured()),
+    silent("D601", "NaN in the data", measured(np.where(CHANNELS < 0.5, NAN, 0.0))),
+    silent("D601", "a LayerNorm has no buffers", {"kind": NormKind.LAYER} | measured(2.0)),
+    fires("D602", "half the contrast", measured(0.0, 0.6), at=ALL, severity=WARNING),
+    fires("D602", "collapsed", measured(0.0, 2.5), at=ALL, severity=ERROR),
+    fires("D602", "frozen", measured(0.0, 2.5) | {"requires_grad": False}, at=ALL, severity=WARNING),
+    silent("D602", "healthy", measured(0.0, 1.1)),
+    silent("D602", "a quarter of the channels", measured(0.0, np.where(CHANNELS < 0.3, 4.0, 1.0))),
+    silent("D602", "within three standard errors", measured(0.0, 1.3, worth=0.1)),
+    silent("D602", "a negative variance is S102's", {"running_var": {4: -1e-5}} | measured()),
+    silent(
+        "D602",
+        "an InstanceNorm stores the variance within samples",
+        {"kind": NormKind.INSTANCE} | TRACKED | measured(0.0, 2.0, mean=SPREAD[:16], var=0.5 + SPREAD[:16], worth=2.0),
+    ),
+    fires(
+        "D603", "the model is stale", measured(0.2 * SIGNS, 1.15, worth=4.0), at={None: []}, severity=WARNING, **told()
+    ),
+    fires(
+        "D603",
+        "layer and model",
+        measured(0.9 * SIGNS, 1.5),
+        at={None: [], "layer1.0.bn1": ALL},
+        severity=ERROR,
+        **told(),
+    ),
+    fires(
+        "D603",
+        "noisy: a momentum of 0.9 explains it",
+        {"momentum": 0.9} | measured(0.2 * SIGNS),
+        at={None: []},
+        severity=INFO,
+        **told(),
+    ),
+    fires(
+        "D603",
+        "all frozen: by design?",
+        measured(0.2 * SIGNS, 1.15, worth=4.0) | {"requires_grad": False},
+        at={None: []},
+        severity=INFO,
+        **told(),
+    ),
+    silent("D603", "healthy", measured(0.02 * SIGNS, 1.02), **told()),
+    silent("D603", "too little data for a verdict", measured(0.1 * SIGNS, worth=0.05), **told()),
+    silent("D603", "never trained", FRESH | measured(0.9), **told()),
+    silent("D603", "most inputs are not finite", measured(np.where(CHANNELS < 0.8, NAN, 0.0)), **told()),
+    fires(
+        "D604",
+        "stale, and answers change",
+        measured(0.2 * SIGNS, 1.15, worth=4.0),
+        at={None: []},
+        severity=WARNING,
+        **told(disagreement=0.1, output_change=0.3),
+    ),
+    fires(
+        "D604",
+        "stale, and many answers change",
+        measured(0.9 * SIGNS, worth=2.0),
+        at={None: []},
+        severity=ERROR,
+        **told(disagreement=0.4),
+    ),
+    fires(
+        "D604",
+        "healthy: the noise of batches",
+        measured(worth=2.0),
+        at={None: []},
+        severity=INFO,
+        **told(disagreement=0.1),
+    ),
+    silent(
+        "D604", "few answers change", measured(0.9 * SIGNS, worth=2.0), **told(disagreement=0.01, output_change=0.05)
+    ),
+    silent("D604", "a batch is worth too little", measured(0.9 * SIGNS, worth=0.5), **told(disagreement=0.4)),
+    silent("D604", "outputs were not compared", measured(0.9 * SIGNS, worth=2.0), **told()),
+    fires(
+        "D605",
+        "fewer right answers",
+        measured(),
+        at={None: []},
+        severity=WARNING,
+        **told(accuracy=0.988, recalibrated=Recalibrated(accuracy=0.98, p_value=0.001)),
+    ),
+    fires(
+        "D605",
+        "less sure",
+        measured(),
+        at={None: []},
+        severity=INFO,
+        **told(recalibrated=Recalibrated(entropy_before=0.4, entropy=0.5)),
+    ),
+    silent(
+        "D605", "by chance", measured(), **told(accuracy=0.9, recalibrated=Recalibrated(accuracy=0.89, p_value=0.2))
+    ),
+    silent("D605", "better", measured(), **told(accuracy=0.3, recalibrated=Recalibrated(accuracy=0.99, p_value=1e-9))),
+    silent("D605", "not tried", measured(), **told(accuracy=0.3)),
+    fires("D606", "few samples", measured(worth=0.1), at={None: []}, severity=INFO),
+    fires(
+        "D606", "nothing is known but their number", measured(samples=20, effective=None), at={None: []}, severity=INFO
+    ),
+    silent("D606", "enough", measured()),
+    fires("D607", "batches of 2", measured(worth=1.5), at=[], severity=WARNING, train_batch=2),
+    fires("D607", "batches of 8", measured(worth=1.5), at=[], severity=INFO, train_batch=8),
+    fires("D607", "one value", measured(worth=0.5), at=[], severity=WARNING, train_batch=1),
+    silent("D607", "batches of 32", measured(), train_batch=32),
+    silent("D607", "nobody said", measured()),
+    fires("D608", "bytes given", measured(9.0), at={None: []}, severity=ERROR, **tried(5400.0, 9e8, 0.0004)),
+    silent("D608", "fits as given", measured(), **tried(0.0005, 0.3, 0.00001)),
+    silent("D608", "nothing else fits", measured(9.0), **tried(0.9, 4000.0, 0.4)),
+    silent("D608", "nothing was tried", measured(9.0), **told()),
+    fires(
+        "D609",
+        "two dead",
+        measured(active=np.where(np.arange(16) < 2, 0.0, 0.4), gate="relu"),
+        at=[0, 1],
+        severity=WARNING,
+    ),
+    fires("D609", "all dead", measured(active=np.zeros(16), gate="relu6"), at=ALL, severity=ERROR),
+    fires(
+        "D609",
+        "one of thirty-two",
+        {"channels": 32}
+        | measured(mean=np.zeros(32), var=np.ones(32), active=np.where(np.arange(32) == 4, 0.0, 0.4), gate="relu"),
+        at=[4],
+        severity=INFO,
+    ),
+    silent("D609", "all fire", measured(active=np.full(16, 1e-6), gate="relu")),
+    silent("D609", "no ReLU behind it", measured(active=np.zeros(16), gate="gelu")),
+    silent("D609", "switched off is A202's", {"weight": {3: 0.0}} | measured(active=np.arange(16) != 3, gate="relu")),
+    fires("D610", "sorted by class", measured(mean_spread=np.sqrt(0.4 * VAR)), at={None: []}, severity=WARNING),
+    silent("D610", "shuffled", measured()),
+    silent("D610", "batches of one", measured(batches=1024)),
+    silent("D610", "nothing known of samples", measured(mean_spread=np.sqrt(0.4 * VAR), effective=None)),
+    fires("D611", "statistics of the batch", measured(), at={None: []}, severity=ERROR, **told(order_dependence=0.37)),
+    fires("D611", "overflow", measured(), at={None: []}, severity=ERROR, **told(order_dependence=NAN)),
+    silent("D611", "rounding", measured(), **told(order_dependence=3e-7)),
+    silent("D611", "not tried", measured(), **told()),
+]
+
+
+AVERAGED = [
+    fires(
+        "C310",
+        "shown on data",
+        measured(0.2 * SIGNS, 1.15, worth=4.0),
+        at={None: []},
+        severity=WARNING,
+        averaged="n_averaged = 12",
+        **told(),
+    ),
+]
+
+
+def tokens(**more: Any) -> dict[str, Any]:
+    return measured(mean=np.zeros(1), var=np.ones(1), **more)
+
+
+LAYER_NORM = {"kind": NormKind.LAYER}
+DYT = {"kind": NormKind.DYNAMIC_TANH, "alpha": 0.5}
+
+TOKEN_DATA = [
+    fires("T704", "eps from another framework", LAYER_NORM | tokens(starved=0.12), at=[], severity=WARNING),
+    fires("T704", "eps unknown", token_norm(GAINS, eps=None) | tokens(starved=0.02), at=[], severity=WARNING),
+    silent("T704", "a few paddings", LAYER_NORM | tokens(starved=0.005)),
+    silent("T704", "not looked at", LAYER_NORM | tokens()),
+    fires(
+        "T706",
+        "a tanh and a line",
+        LAYER_NORM | tokens(tanh_fit=0.95, linear_fit=0.8, tanh_alpha=0.4),
+        LAYER_NORM | tokens(tanh_fit=0.99, linear_fit=0.99, tanh_alpha=0.01),
+        LAYER_NORM | tokens(tanh_fit=0.5, linear_fit=0.3, tanh_alpha=1.0),
+        at={None: []},
+        severity=INFO,
+    ),
+    silent("T706", "neither", LAYER_NORM | tokens(tanh_fit=0.5, linear_fit=0.3, tanh_alpha=1.0)),
+    silent("T706", "not looked at", LAYER_NORM | tokens()),
+    fires("T708", "saturated", DYT | tokens(saturated=0.69, input_sd=9.0), at=[], severity=WARNING),
+    fires("T708", "Derf as well", DERF | {"inner_shift": 0.1} | tokens(saturated=0.9), at=[], severity=WARNING),
+    silent("T708", "as trained models are", DYT | tokens(saturated=0.4, input_sd=4.0)),
+    silent("T708", "not looked at", DYT | tokens()),
+]
+
+ROWS = STATISTICS + AFFINE + SETTINGS + NUMERICS + DRIFT + AVERAGED + TRANSFORMERS + TOKEN_DATA + FILES
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)

@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 
 from normdoctor.findings import DEBIAS_COMMAND, Evidence, Observation, Severity, rule
 from normdoctor.layers import Checkpoint, Container, Danger, LoadCall, Model, NormKind
+from normdoctor.measured import Measured, Measurement, Preprocessing, Recalibrated
+from normdoctor.moments import Moments
+from normdoctor.reports.json import drift_of, plain
 from normdoctor.rules import RULES
 from normdoctor.rules.runner import Settings, examine, fill_in
 
@@ -25,7 +28,12 @@ def codes_of(report: Any) -> set[str]:
 
 
 def skipped(report: Any) -> dict[str, set[str]]:
-    return {skip.code: set(skip.missing) for skip in report.skips}
+    """What rules lack beside data."""
+    return {skip.code: set(skip.missing) for skip in other_skips(report)}
+
+
+def other_skips(report: Any) -> tuple[Any, ...]:
+    return tuple(skip for skip in report.skips if "measured" not in skip.missing)
 
 
 # what is missing
@@ -53,14 +61,14 @@ def test_without_assumptions_what_needs_eps_or_momentum_is_skipped(judge) -> Non
 
 
 def test_nothing_is_skipped_where_everything_is_known(judge) -> None:
-    assert judge({}).skips == ()
+    assert other_skips(judge({})) == ()
 
 
 def test_declared_absences_are_no_gaps(judge) -> None:
     gone = dict.fromkeys(("running_mean", "running_var", "num_batches_tracked"))
-    assert judge({"weight": None, "bias": None, "affine": False}).skips == ()
-    assert judge(gone | {"track_running_stats": False}).skips == ()
-    assert judge({"kind": NormKind.LAYER, "bias": None}).skips == ()
+    assert other_skips(judge({"weight": None, "bias": None, "affine": False})) == ()
+    assert other_skips(judge(gone | {"track_running_stats": False})) == ()
+    assert other_skips(judge({"kind": NormKind.LAYER, "bias": None})) == ()
 
 
 def test_a_missing_tensor_is_a_skip_for_that_layer_only(judge) -> None:
@@ -168,6 +176,7 @@ def test_limits_are_plain_numbers(rule_) -> None:
 def test_evidence_levels_follow_from_what_a_rule_needs() -> None:
     levels = {rule_.code: rule_.evidence_level for rule_ in RULES}
     assert levels["S101"] is Evidence.TENSORS
+    assert levels["D601"] is levels["D611"] is levels["T704"] is Evidence.DATA
     assert levels["S104"] is levels["S106"] is levels["C303"] is Evidence.HYPER
 
 
@@ -277,7 +286,61 @@ def layers(draw: Any) -> dict[str, Any]:
             for name in VECTORS
             if given_.get(name, 0) is not None and (name in given_ or name in ("weight", "bias"))
         }
+    if draw(st.booleans()):
+        given_["measured"] = draw(seen(channels))
     return given_
+
+
+NUMBERS = st.one_of(FLOATS, st.sampled_from([1e300, 1e-300, 5e-324]))
+
+
+@st.composite
+def seen(draw: Any, channels: int) -> Measured:
+    """Anything that a run on data could leave behind."""
+    length = draw(st.sampled_from([channels] * 6 + [1, channels + 1]))
+
+    def vector() -> Any:
+        return np.array(draw(st.lists(NUMBERS, min_size=length, max_size=length)), dtype=np.float64)
+
+    def or_none(value: Any) -> Any:
+        return draw(st.sampled_from([None, value]))
+
+    return Measured(
+        moments=Moments(draw(st.sampled_from([0, 1, 64, 10**9])), vector(), vector()),
+        samples=draw(st.sampled_from([0, 1, 8, 1000])),
+        batches=draw(st.sampled_from([1, 2, 31])),
+        mean_spread=or_none(vector()),
+        var_spread=or_none(vector()),
+        effective=or_none(vector()),
+        active=or_none(vector()),
+        gate=draw(st.sampled_from([None, "relu", "gelu"])),
+        starved=draw(st.sampled_from([None, 0.0, 0.5])),
+        saturated=draw(st.sampled_from([None, 0.0, 0.9])),
+        input_sd=draw(st.sampled_from([None, 1.0, float("nan"), 1e300])),
+        tanh_fit=draw(st.sampled_from([None, 0.99, -1.0])),
+        linear_fit=draw(st.sampled_from([None, 0.5, -9.0])),
+        tanh_alpha=draw(st.sampled_from([None, 0.5])),
+    )
+
+
+MEASUREMENTS = st.one_of(
+    st.none(),
+    st.builds(
+        Measurement,
+        data=st.just("calib.npy"),
+        samples=st.sampled_from([0, 1, 1000]),
+        batches=st.sampled_from([0, 1, 31]),
+        order=st.just(("bn0",)),
+        disagreement=st.sampled_from([None, 0.0, 1.0]),
+        output_change=st.sampled_from([None, 0.3, float("inf")]),
+        order_dependence=st.sampled_from([None, 0.0, 0.3, float("nan")]),
+        accuracy=st.sampled_from([None, 0.9]),
+        preprocessing=st.sampled_from(
+            [(), tuple(Preprocessing(words=w, divergence=d) for w, d in (("as given", 1e5), ("times 255", 0.0)))]
+        ),
+        recalibrated=st.sampled_from([None, Recalibrated(accuracy=0.1), Recalibrated(entropy_before=0.0, entropy=1.0)]),
+    ),
+)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -285,12 +348,18 @@ def layers(draw: Any) -> dict[str, Any]:
     several=st.lists(layers(), min_size=1, max_size=4),
     precision=st.sampled_from([None, "fp16", "bf16", "int8"]),
     assume=st.booleans(),
+    measurement=MEASUREMENTS,
+    train_batch=st.sampled_from([None, 1, 32]),
 )
-def test_no_record_makes_a_rule_fail_or_say_what_json_cannot(several, precision, assume, judge) -> None:
+def test_no_record_makes_a_rule_fail_or_say_what_json_cannot(
+    several, precision, assume, measurement, train_batch, judge
+) -> None:
     report = judge(
         *several,
         precision=precision,
         assume=assume,
+        measurement=measurement,
+        train_batch=train_batch,
         averaged="n_averaged = 3",
         load_calls=(LoadCall("posix.system", Danger.OTHER),),
     )
@@ -304,6 +373,7 @@ def test_no_record_makes_a_rule_fail_or_say_what_json_cannot(several, precision,
             assert all(0 <= channel < channels[finding.layer] for channel in finding.channels)
         if finding.assumed:
             assert finding.severity <= Severity.WARNING
+    json.dumps(plain(drift_of(report.drift)) if report.drift else None, allow_nan=False)
     named = [(finding.code, finding.layer) for finding in report.findings if finding.layer is not None]
     assert len(named) == len(set(named)), "one finding per rule and layer"
 
