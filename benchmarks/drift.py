@@ -19,8 +19,8 @@ import argparse
 import copy
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import drift_nets
@@ -30,21 +30,18 @@ import torch
 from drift_nets import Buffers, Trained, norms_of, put, with_weights
 from torch import Tensor, nn
 
+import normdoctor as nd
 from normdoctor.data import Batch
 from normdoctor.findings import Report
 from normdoctor.layers import NormLayer, median
-from normdoctor.measured import DriftVerdict, Measurement, Preprocessing
-from normdoctor.measurement.lockstep import as_stored, exact
-from normdoctor.measurement.tally import Part, Tally
-from normdoctor.measurement.walks import Look
-from normdoctor.measurement.with_torch import ModuleWalker, open_module
+from normdoctor.measured import DriftVerdict
+from normdoctor.measurement.lockstep import exact
+from normdoctor.measurement.with_torch import open_module
 from normdoctor.models.loaded import Kind, Loaded
-from normdoctor.readers import open_checkpoint
-from normdoctor.rules import RULES, rule_of
+from normdoctor.rules import rule_of
 from normdoctor.rules.divergence import shift_of
 from normdoctor.rules.guards import ENOUGH
-from normdoctor.rules.runner import examine
-from normdoctor.rules.verdict import PREPARED_LIMITS, quantile
+from normdoctor.rules.verdict import quantile
 
 INTRODUCTION = """\
 # How surely drift is told from health
@@ -161,7 +158,7 @@ def mishaps(trained: Trained, images: Tensor) -> Iterator[tuple[str, Case]]:
     for momentum in (0.01, 0.005, 0.001):
         yield f"momentum {momentum:g}", Case(put(model, trained.momenta[momentum]))
     yield "one batch of 8", Case(one_batch_of_8(model, images))
-    yield "weights one epoch on", Case(with_weights(model, trained.on))
+    yield "weights an epoch on, on noisier images", Case(drift_nets.one_epoch_on(model))
     yield "averaged weights, last statistics", Case(with_weights(model, trained.averaged))
     yield "statistics of half the training", Case(put(model, trained.halfway))
     yield "half the contrast", Case(model, lambda x: 0.5 * x)
@@ -199,85 +196,10 @@ def norms_by_name(model: nn.Module) -> dict[str, nn.Module]:
     return dict(norms_of(model))
 
 
-def judged(model: nn.Module, images: Tensor, prepare: Prepare) -> tuple[Report, tuple[NormLayer, ...]]:
+def judged(model: nn.Module, images: Tensor, prepare: Prepare) -> Report:
     """What the data rules say of a net on images."""
     body, colour = body_of(model)
-    batches = batches_of(images, lambda x: prepare(colour(x)))
-    with open_checkpoint(body) as checkpoint:
-        norms = {layer.name: body.get_submodule(layer.name) for layer in checkpoint.layers}
-        outputs: list[np.ndarray] = []
-        with torch.no_grad(), open_module(Loaded(Kind.MODULE, body, "net"), norms, {}) as walker:
-            tallies = as_stored(
-                walker, batches, Look(samples=True), outputs=lambda _, found: outputs.append(next(iter(found.values())))
-            )
-            tried = preparations(walker, batches, checkpoint.layers)
-        stored = np.concatenate(outputs)
-        fresh = by_batch(body, batches)
-        stored = stored[: len(fresh)]
-        seen = Measurement(
-            data="images",
-            samples=tallies.samples,
-            batches=tallies.batches,
-            order=tuple(tallies.of),
-            preprocessing=tried,
-            disagreement=float(np.mean(stored.argmax(1) != fresh.argmax(1))),
-            output_change=float(np.linalg.norm(stored - fresh) / np.linalg.norm(stored)),
-        )
-        layers = tuple(replace(layer, measured=tallies.of[layer.name].measured()) for layer in checkpoint.layers)
-        measured = replace(checkpoint.models[0], layers=layers, measurement=seen)
-        rules = [rule for rule in RULES if rule.code[0] == "D"]
-        return examine(replace(checkpoint, models=(measured,)), rules), layers
-
-
-PREPARATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
-    "as given": lambda x: x,
-    "times 255": lambda x: 255 * x,
-    "divided by 255": lambda x: x / 255,
-    "the channels in reverse order": lambda x: x[:, ::-1].copy(),
-    "mean 0 and standard deviation 1": lambda x: (x - x.mean()) / x.std(),
-}
-
-
-def preparations(
-    walker: ModuleWalker, batches: Sequence[Batch], layers: Sequence[NormLayer]
-) -> tuple[Preprocessing, ...]:
-    """How well the first norm fits the data as given and, where it does not, prepared otherwise."""
-    found: list[Preprocessing] = []
-    for words, prepare in PREPARATIONS.items():
-        found.append(Preprocessing(words=words, divergence=first_divergence(walker, batches, prepare, layers)))
-        if found[0].divergence <= PREPARED_LIMITS["given"]:
-            break
-    return tuple(found)
-
-
-@torch.no_grad()
-def by_batch(body: nn.Module, batches: Iterable[Batch]) -> np.ndarray:
-    """The outputs with the statistics of each batch, dropout off."""
-    body = copy.deepcopy(body)
-    for _, norm in norms_of(body):
-        norm.train()
-    return np.concatenate([body(torch.from_numpy(batch.args[0])).numpy() for batch in batches if batch.size > 1])
-
-
-def first_divergence(
-    walker: ModuleWalker,
-    batches: Iterable[Batch],
-    prepare: Callable[[np.ndarray], np.ndarray],
-    layers: Sequence[NormLayer],
-) -> float:
-    """Median KL at the first norm with the batches prepared otherwise."""
-    tally = Tally()
-    at = ""
-    for batch in batches:
-        walk = walker.start(replace(batch, args=(prepare(batch.args[0]),)), Look(samples=True))
-        pause = walk.advance()
-        assert pause is not None
-        tally.add(Part.of(batch.index, batch.size, pause.seen))
-        at = pause.norm
-        walk.close()
-    layer = next(layer for layer in layers if layer.name == at)
-    shift = shift_of(replace(layer, measured=tally.measured()))
-    return median(shift.divergence) if shift is not None else float("inf")
+    return nd.inspect(body, data=prepare(colour(images)).numpy(), select="D", batch_size=BATCH)
 
 
 def recalibrated(model: nn.Module, images: Tensor, prepare: Prepare) -> nn.Module:
@@ -309,11 +231,11 @@ def sample(kind: str, images: str, trained: Trained, case: Case) -> Sample:
         f"{FEW_SAMPLES} held out": data.test_images[:FEW_SAMPLES],
         "8 held out": data.test_images[:8],
     }[images]
-    report, layers = judged(case.model, chosen, case.prepare)
+    report = judged(case.model, chosen, case.prepare)
     anew = float("nan")
     if images == "held out":
         anew = accuracy(recalibrated(case.model, data.train_images[:SAMPLES], case.prepare), case.prepare)
-    values = [one for layer in layers if (one := compared(layer)) is not None]
+    values = [one for layer in report.layers if (one := compared(layer)) is not None]
     return Sample(kind, images, trained.name, report, accuracy(case.model, case.prepare), anew, tuple(values))
 
 

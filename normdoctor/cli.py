@@ -45,7 +45,8 @@ def main() -> None:
     try:
         app()
     except NormDoctorError as error:
-        complain(error)
+        if not error.told_elsewhere:
+            complain(error)
         sys.exit(2)
 
 

@@ -16,6 +16,8 @@ class NormDoctorError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.told_elsewhere = False
+        """Whether another process of the same run says it to the user."""
 
 
 class InputError(NormDoctorError):

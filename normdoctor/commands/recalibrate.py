@@ -147,7 +147,7 @@ def recalibrate(
     report: Any
     try:
         with progress() as shown:
-            report = repair(
+            result = repair(
                 Path(file),
                 method=None if method is None else method.value,
                 output=output,
@@ -166,11 +166,14 @@ def recalibrate(
                 dry_run=dry_run,
                 progress=shown,
                 **given.parsed(),
-            ).report
+            )
+        report, speaks = result.report, result.speaks
     except VerificationError as error:
-        report, failure = error.report, error
-    with stdout() as stream:
-        write_recalibration(report, output_format.value, stream, every_norm=every_norm)
+        report, failure, speaks = error.report, error, not error.told_elsewhere
+    if speaks:
+        with stdout() as stream:
+            write_recalibration(report, output_format.value, stream, every_norm=every_norm)
+        if failure is not None:
+            complain(failure)
     if failure is not None:
-        complain(failure)
         raise typer.Exit(1)

@@ -44,6 +44,9 @@ class Engine(Protocol):
     def plain(self, value: Value) -> NDArray[Any]:
         """What numpy has no type for as float32."""
 
+    def kept(self, value: Value) -> Value:
+        """The same value, in a place where it may stay for long."""
+
     def is_tensor(self, value: Value) -> bool: ...
 
     def shape(self, value: Value) -> tuple[int, ...]: ...
@@ -271,7 +274,9 @@ class OnnxWalk:
         x = fresh[stage.x] if stage.x in fresh else self._taken(stage.x)
         for name in [name for name in self.live if name not in stage.keeps]:
             _drop(self.live.pop(name))
-        self.live.update((name, value) for name, value in fresh.items() if name in stage.keeps)
+        for name in [name for name in fresh if name in stage.keeps]:
+            value = fresh.pop(name)
+            self.live[name] = walker._engine.kept(value) if len(walker._walks) > 1 else value
         walker._account(self)
         return stage.cut, x
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from normdoctor.programs.script_values import ATTRIBUTES, BLIND, CONTAINERS, FOLDED, PLAIN, Function
+from normdoctor.programs.script_values import ATTRIBUTES, BLIND, CONTAINERS, CONTEXTS, FOLDED, PLAIN, Function, nothing
 
 Values = list[Any]
 """What every value of the graph is at the moment, by its number; None where it is not there (any more)."""
@@ -181,6 +181,8 @@ class _Compiler:
     def _function(self, node: Any, kind: str, given: Sequence[tuple[bool, Any]]) -> Function | None:
         if kind in ATTRIBUTES:  # of a module only reading is left, and was done before
             return None if given[0][0] else partial(ATTRIBUTES[kind], name=node.s("name"))
+        if kind in ("prim::Enter", "prim::Exit"):
+            return nothing if node.inputsAt(0).type().str().endswith(CONTEXTS) else None
         if kind in ("prim::ListUnpack", "prim::TupleUnpack"):
             return _unpacking(len(list(node.outputs())))
         if kind == "prim::TupleSlice":

@@ -78,7 +78,7 @@ def _unwrap(value: Any) -> Any:
     return value
 
 
-def _nothing(*_: Any) -> None:
+def nothing(*_: Any) -> None:
     """Of what is printed or warned of nothing is wanted."""
 
 
@@ -106,16 +106,17 @@ PLAIN: Mapping[str, Function] = {
     "prim::unchecked_cast": _same,
     "prim::unchecked_unwrap_optional": _same,
     "prim::RaiseException": _raise,
-    "prim::Print": _nothing,
-    "aten::warn": _nothing,
+    "prim::Print": nothing,
+    "aten::warn": nothing,
     "aten::_unwrap_optional": _unwrap,
     "aten::__is__": lambda one, other: one is other,
     "aten::__isnot__": lambda one, other: one is not other,
-    "aten::percentFormat": lambda text, *values: text % values,
-    "aten::format": lambda text, *values: text.format(*values),
     "aten::dict": lambda *items: dict(*items),
 }
 """Operators of the language itself, whatever they are given."""
+
+CONTEXTS = (".no_grad", ".record_function")
+"""Classes whose objects mean nothing in a `with` statement: gradients are off anyway."""
 
 FOLDED = frozenset(
     {f"aten::{name}" for name in ("__is__", "__isnot__", "__not__", "__and__", "__or__", "_unwrap_optional")}

@@ -141,7 +141,7 @@ def _replace(module: Any, node: Any, sites: Sites, stored: Mapping[Any, str], ro
     given = [arguments.get(role) for role in ROLES]
     names = [stored[value] for value in reversed(given) if value in stored]
     stack = list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())
-    path = str(stack[-1][0]).removeprefix("L['self'].")
+    path = str(stack[-1][0]).removeprefix("L['self'].").removeprefix("_export_root.")
     candidates = [path, *dict.fromkeys(own.rpartition(".")[0] for own in names), *names]
     users = list(node.users)
     why = unfit(arguments, name, [value is None or value in stored for value in given])
@@ -370,7 +370,8 @@ def _alone(node: Any) -> Function:
     for own, value in zip(made.outputs(), outputs, strict=True):
         own.setType(value.type())
         graph.registerOutput(own)
-    graph.makeMultiOutputIntoTuple()
+    if len(outputs) != 1:
+        graph.makeMultiOutputIntoTuple()
     function: Function = torch._C._create_function_from_graph("alone", graph)
     return function
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from normdoctor.errors import UsageError, did_you_mean
+from normdoctor.errors import NormDoctorError, UsageError, did_you_mean
 from normdoctor.findings import repaired_path
 from normdoctor.inspection import check_momentum, matches, several
+from normdoctor.measurement.processes import ALONE, Processes
+from normdoctor.processes import are_several
 from normdoctor.readers import open_checkpoint
 from normdoctor.recalibration.records import METHODS, DebiasReport, MeasuredReport, Method, Recalibration
 from normdoctor.writing import check_output, replace_in_place
@@ -87,7 +91,7 @@ def recalibrate(
         raise UsageError("what is in memory is repaired in place", "Leave out output, and save it with torch.save.")
     globs = several(layer)
 
-    def work(target: Path | None) -> DebiasReport | MeasuredReport:
+    def work(target: Path | None, processes: Processes) -> DebiasReport | MeasuredReport:
         with open_checkpoint(model, cut_layers=True) as checkpoint:
             wanted = [found for found in checkpoint.layers if not globs or matches(found, globs)]
             if globs and not wanted:
@@ -124,7 +128,7 @@ def recalibrate(
                 arch_args=arch_args,
                 key=key,
                 device=device,
-                progress=progress,
+                progress=progress if processes.speaks else None,
             )
             order = Order(
                 method=method,
@@ -138,20 +142,41 @@ def recalibrate(
                 force=force,
                 dry_run=dry_run,
             )
-            return estimate(model, checkpoint, wanted, asked, order, target)
+            return estimate(model, checkpoint, wanted, asked, order, target, processes)
 
     report: DebiasReport | MeasuredReport
-    if target is not None and in_place:
-        made: list[DebiasReport | MeasuredReport] = []
-        backup = replace_in_place(target, lambda path: made.append(work(path)))
-        report = replace(made[0], backup=str(backup))
-    else:
-        report = work(target)
+    with _processes(method) as processes:
+        if target is None or processes.rank:
+            report = work(None, processes)
+        elif in_place:
+            made: list[DebiasReport | MeasuredReport] = []
+            backup = replace_in_place(target, lambda path: made.append(work(path, processes)))
+            report = replace(made[0], backup=str(backup))
+        else:
+            report = work(target, processes)
+        processes.barrier()  # what fails in the one that writes fails in all
+        speaks = processes.speaks
     if target is not None:
         report = replace(report, output=str(target))
     return Recalibration(
-        source=report.source, method=method, report=report, path=target, module=model if live else None
+        source=report.source, method=method, report=report, path=target, module=model if live else None, speaks=speaks
     )
+
+
+@contextmanager
+def _processes(method: Method) -> Iterator[Processes]:
+    """This process alone, or together with those that torchrun started beside it; an error of one is one of all."""
+    if method == "debias" or not are_several(os.environ):
+        yield ALONE
+        return
+    from normdoctor.processes.with_torch import open_processes
+
+    with open_processes(os.environ) as processes:
+        try:
+            yield processes
+        except NormDoctorError as error:
+            error.told_elsewhere = not processes.speaks
+            raise
 
 
 def _method(method: Method | None, data: Any) -> Method:

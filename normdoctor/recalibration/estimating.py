@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from normdoctor.data import Batch
-from normdoctor.data.dataset import Dataset
+from normdoctor.data.dataset import Dataset, Part
 from normdoctor.data.opening import open_data
 from normdoctor.errors import InputError, RefusedError, UsageError, VerificationError
 from normdoctor.layers import (
@@ -35,11 +35,12 @@ from normdoctor.measurement.opening import Opened, open_walker
 from normdoctor.measurement.processes import ALONE, Processes
 from normdoctor.measurement.tally import Tally
 from normdoctor.measurement.walks import Look, Walker
+from normdoctor.moments import Moments
 from normdoctor.readers import open_checkpoint
 from normdoctor.recalibration.debias import NEGLIGIBLE
 from normdoctor.recalibration.debiasing import refuse_what_is_folded
 from normdoctor.recalibration.fitting import blend, residual
-from normdoctor.recalibration.judging import Judge, Judgement, Verdict
+from normdoctor.recalibration.judging import Judge, Judgement, Verdict, merged_judge
 from normdoctor.recalibration.records import LayerChange, MeasuredReport, Method
 from normdoctor.recalibration.write_back import Change, check_unshared
 from normdoctor.recalibration.writing_back import write_changes
@@ -91,9 +92,10 @@ def estimate(
     asked: Calibration,
     order: Order,
     target: Path | None,
+    processes: Processes = ALONE,
 ) -> MeasuredReport:
     """Measure the wanted norms of a checkpoint on data and write what they should hold to `target` (None: into the
-    live module, or nowhere for a dry run). See `recalibrate`."""
+    live module, or nowhere for a dry run, and in all processes but the first). See `recalibrate`."""
     tracking = [layer for layer in wanted if layer.kind in TRACKING_KINDS and layer.running_var is not None]
     if not tracking:
         refuse_what_is_folded(checkpoint, "recalibrate")
@@ -106,7 +108,6 @@ def estimate(
         run = replace(asked.run, spill=spill, memory=order.memory)
         opened = stack.enter_context(open_walker(model, checkpoint, run))
         data = stack.enter_context(open_data(asked.source, asked.data, opened.wanted))
-        processes: Processes = ALONE
         job = _Job(checkpoint, opened, data, asked, order, {layer.name: layer for layer in tracking}, processes)
         return job.run(model, target)
 
@@ -182,12 +183,11 @@ class _Job:
 
     def _measure(self, chosen: Mapping[str, NormLayer]) -> Tallies:
         walker, progress = self.opened.walker, self.asked.progress
-        part = None if self.processes.count == 1 else (self.processes.rank, self.processes.count)
         try:
             if self.order.method == "one-pass":
                 return one_pass(
                     walker,
-                    whole_batches(self.data, self.opened.fixed_batch, part),
+                    whole_batches(self.data, self.opened.fixed_batch, self._part),
                     until=self.order.until,
                     only=chosen,
                     progress=progress,
@@ -198,10 +198,15 @@ class _Job:
             def settle(name: str, tally: Tally) -> tuple[Vector, Vector] | None:
                 return self._settled(name, tally) if name in chosen else None
 
-            batches = held_batches(self.opened, self.data, self.order.memory, part)
+            batches = held_batches(self.opened, self.data, self.order.memory, self._part)
             return exact(walker, batches, settle=settle, progress=progress, processes=self.processes)
         finally:
             walker.restore()
+
+    @property
+    def _part(self) -> Part | None:
+        """Which batches are this process's."""
+        return None if self.processes.count == 1 else (self.processes.rank, self.processes.count)
 
     @property
     def _prior(self) -> float:
@@ -220,6 +225,11 @@ class _Job:
     def _check_batches(self, tallies: Tallies) -> None:
         if not tallies.batches:
             raise InputError(f"{self.data.words}: there are no samples", "Check --data.")
+        if len(set(self.processes.gather(self.data.fingerprint))) > 1:
+            raise InputError(
+                f"{self.data.words}: gives other batches in each process",
+                "It must give all of them the same ones in the same order, or those of a DistributedSampler.",
+            )
 
     def _scarce(self, new: Mapping[str, Any], tallies: Tallies) -> Iterator[str]:
         """Refuse statistics of too few independent values; a note where they are few."""
@@ -287,7 +297,7 @@ class _Job:
         mark = f"{self.order.method} {report.samples} samples"
         if target is None:
             report = self._judged(report, new, self.opened.walker, both=True)
-            if not self.order.dry_run:
+            if not self.order.dry_run and self.checkpoint.container is Container.MEMORY:
                 write_changes(self.checkpoint, changes, None, mark)
             return report
         with folder_beside(target) as folder:
@@ -318,7 +328,7 @@ class _Job:
         before, judge, tallies = self.opened.walker, Judge(), Tallies()
         total = count_batches(self.data, self.opened.fixed_batch or self.asked.data.batch_size)
         try:
-            for count, batch in enumerate(whole_batches(self.data, self.opened.fixed_batch), 1):
+            for count, batch in enumerate(whole_batches(self.data, self.opened.fixed_batch, self._part), 1):
                 outputs = _outputs(before, batch)
                 if both:
                     for name, (mean, var) in new.items():
@@ -331,8 +341,9 @@ class _Job:
                     break
         finally:
             before.restore()
-        judgement = judge.result()
-        rows = tuple(self._with_residual(row, tallies.of.get(row.layer), new[row.layer]) for row in report.rows)
+        judgement = merged_judge(self.processes.gather(judge)).result()
+        inputs = self._inputs(tallies)
+        rows = tuple(self._with_residual(row, inputs.get(row.layer), new[row.layer]) for row in report.rows)
         report = replace(report, rows=rows, judgement=judgement)
         problem = None if self.order.force else worse(judgement)
         if problem is not None:
@@ -344,11 +355,19 @@ class _Job:
             )
         return report
 
-    def _with_residual(self, row: LayerChange, tally: Tally | None, new: tuple[Vector, Vector]) -> LayerChange:
-        if tally is None:
+    def _inputs(self, tallies: Tallies) -> dict[str, Moments]:
+        """What each norm has seen in all processes."""
+        found: dict[str, Moments] = {}
+        for others in self.processes.gather({name: tally.total() for name, tally in tallies.of.items()}):
+            for name, moments in others.items():
+                found[name] = found[name] + moments if name in found else moments
+        return found
+
+    def _with_residual(self, row: LayerChange, inputs: Moments | None, new: tuple[Vector, Vector]) -> LayerChange:
+        if inputs is None:
             return row
         eps = self.wanted[row.layer].eps or DEFAULT_EPS
-        found = residual(*new, tally.total(), ddof=self.opened.walker.ddof, eps=eps)
+        found = residual(*new, inputs, ddof=self.opened.walker.ddof, eps=eps)
         return replace(
             row,
             residual_shift=float(np.abs(found.shift).max()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -215,6 +215,21 @@ class Judge:
             broken_after=int(self._broken[1]),
         )
 
+    def __iadd__(self, other: Judge) -> Judge:
+        """Take over what another one has seen."""
+        if self._why is None:
+            self._scores, self._why = other._scores, other._why
+        elif other._why is not None and self._scores != other._scores:
+            self._scores, self._why = None, other._why or self._why or "the outputs differ from batch to batch"
+        self._samples += other._samples
+        self._answers += other._answers
+        self._entropies += other._entropies
+        for name, rows in other._squares.items():
+            self._squares.setdefault(name, []).extend(rows)
+        self._broken += other._broken
+        self._comparable &= other._comparable
+        return self
+
     def _choose(self, outputs: Outputs) -> None:
         name, why = scores_of(outputs)
         if self._why is None:
@@ -244,6 +259,14 @@ class Judge:
         if not math.isfinite(size) or not math.isfinite(change) or (change and not size):
             return None
         return math.sqrt(change / size) if change else 0.0
+
+
+def merged_judge(parts: Sequence[Judge]) -> Judge:
+    """One that has seen the samples of all parts, in this order."""
+    whole = Judge()
+    for part in parts:
+        whole += part
+    return whole
 
 
 def _is_float(array: NDArray[Any]) -> bool:

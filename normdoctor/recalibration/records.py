@@ -96,6 +96,8 @@ class Recalibration:
     """The repaired file, None for a live module."""
     module: Any = None
     """The repaired live module, the same object that was given."""
+    speaks: bool = True
+    """Whether this process writes the file and tells the user; one of those that torchrun started together does."""
 
     def __repr__(self) -> str:
         return f"<Recalibration {self.source} by {self.method}: {self.path or 'in place'}>"

@@ -9,6 +9,7 @@ from normdoctor.findings import Survey
 
 if TYPE_CHECKING:
     from normdoctor.folding.records import FoldReport
+    from normdoctor.recalibration.records import DebiasReport, MeasuredReport
 
 
 def write(
@@ -44,3 +45,17 @@ def write_folding(report: FoldReport, output_format: str, stream: TextIO, *, eve
     from normdoctor.reports import folding_text
 
     folding_text.write(report, stream, every_norm=every_norm)
+
+
+def write_recalibration(
+    report: DebiasReport | MeasuredReport, output_format: str, stream: TextIO, *, every_norm: bool = False
+) -> None:
+    """Write what a recalibration changed: console, json or markdown.
+
+    every_norm: what the console shows; the other formats always hold everything."""
+    if output_format != "console":
+        stream.write(import_module(f"normdoctor.reports.recalibration_{output_format}").render(report))
+        return
+    from normdoctor.reports import recalibration_text
+
+    recalibration_text.write(report, stream, every_norm=every_norm)

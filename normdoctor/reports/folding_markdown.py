@@ -15,10 +15,9 @@ from normdoctor.reports.folding_wording import (
     savings_line,
     verdict_line,
 )
-from normdoctor.reports.markdown import Column, Page, code_name, head_of, prose_of, row_maker
+from normdoctor.reports.markdown import Column, Page, code_name, code_names, head_of, prose_of, row_maker
 from normdoctor.reports.wording import plural
 
-NAMES_SHOWN = 3
 LINES_SHARE, OUTPUTS_SHARE, REASONS_SHARE = 0.2, 0.2, 0.4
 """Of the room that is left: so that however many there are, the norms are seen as well."""
 
@@ -32,7 +31,7 @@ OUTPUTS: list[Column] = [
 
 REASONS: list[Column] = [
     ("reason", "---", lambda group: code_name(group[0]) if group[0] else ""),
-    ("norms", "---", lambda group: _names(group[2])),
+    ("norms", "---", lambda group: code_names(group[2])),
     ("why", "---", lambda group: prose_of(group[1])),
 ]
 
@@ -40,7 +39,7 @@ NORMS: list[Column] = [
     ("norm", "---", lambda row: code_name(row.norm)),
     ("kind", "---", lambda row: prose_of(row.kind)),
     ("what", "---", lambda row: row.verdict),
-    ("into", "---", lambda row: code_name(row.code) if row.left and row.code else _names(row.into)),
+    ("into", "---", lambda row: code_name(row.code) if row.left and row.code else code_names(row.into)),
     ("through", "---", lambda row: prose_of(", ".join(row.through), 80)),
 ]
 
@@ -69,8 +68,3 @@ def render(report: FoldReport) -> str:
 def _worst_first(rows: Sequence[FoldRow]) -> list[FoldRow]:
     """Those that stay, then the others, each in the order of the graph."""
     return sorted(rows, key=lambda row: not row.left)
-
-
-def _names(names: Sequence[str]) -> str:
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(map(code_name, names[:NAMES_SHOWN])) + (f" and {more:,} more" if more > 0 else "")

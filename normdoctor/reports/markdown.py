@@ -40,7 +40,7 @@ FAILURES_SHARE = 1 / 3
 """Of the room, for files that could not be examined: however many, the findings are seen as well."""
 
 NAME_ROOM, PROSE_ROOM, NOTE_ROOM = 100, 800, 300
-FIXED_SHOWN, NOTES_SHOWN = 20, 5
+FIXED_SHOWN, NOTES_SHOWN, NAMES_SHOWN = 20, 5, 3
 
 Column = tuple[str, str, Callable[[Any], str]]
 """Title, alignment, and what stands in the cell of an entry."""
@@ -232,6 +232,12 @@ def _listed(fingerprints: Sequence[str]) -> str:
 
 def code_name(name: str) -> str:
     return markdown_code(shortened(name, NAME_ROOM))
+
+
+def code_names(names: Sequence[str]) -> str:
+    """The first three, and how many more."""
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(map(code_name, names[:NAMES_SHOWN])) + (f" and {more:,} more" if more > 0 else "")
 
 
 def prose_of(words: str, room: int = PROSE_ROOM) -> str:

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TextIO
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -69,7 +70,7 @@ def print_columns(
 
     Columns without text are left out. fixed, right, words: titles; styles: one for each row."""
     kept = [(title, [printable(cell) for cell in cells]) for title, cells in columns if any(cells)]
-    widths = {title: max(map(len, (title, *cells))) for title, cells in kept}
+    widths = {title: max(map(cell_len, (title, *cells))) for title, cells in kept}
     while sum(widths.values()) + 2 * (len(widths) - 1) > console.width:
         free = [title for title in widths if title not in fixed and widths[title] > NARROWEST]
         if not free:
@@ -117,11 +118,15 @@ def _names(names: Sequence[str], room: int) -> str:
 
 
 def _shortened(console: Console, text: str, room: int, words: bool) -> str:
-    """At most `room` characters. The end of a name tells it apart, so its beginning gives way."""
-    mark = ellipsis(console)
-    if len(text) <= room:
+    """At most as wide as `room` letters. The end of a name tells it apart, so its beginning gives way."""
+    if cell_len(text) <= room:
         return text
-    return text[: room - len(mark)] + mark if words else mark + text[-(room - len(mark)) :]
+    mark = ellipsis(console)
+    room -= len(mark)
+    kept = text[:room] if words else text[-room:]
+    while cell_len(kept) > room:  # some letters are two wide
+        kept = kept[:-1] if words else kept[1:]
+    return kept + mark if words else mark + kept
 
 
 def ellipsis(console: Console) -> str:

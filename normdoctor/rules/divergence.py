@@ -124,16 +124,16 @@ def _variance(layer: NormLayer, seen: Measured) -> Vector:
 
 
 def _standard_errors(seen: Measured, variance: Vector) -> tuple[Vector, Vector]:
-    """Of the measured mean and variance: from the spread between batches, from how many independent values there
-    are where that says little, and from the number of samples where nothing else is known."""
+    """Of the measured mean and variance: those of the mean from how many independent values there are, which batches
+    that differ do not mislead, those of the variance from the spread between batches, whatever the tails."""
     values = np.full_like(variance, max(seen.samples, 1)) if seen.effective is None else np.maximum(seen.effective, 1.0)
     mean_error, var_error = np.sqrt(variance / values), variance * np.sqrt(2.0 / values)
-    if seen.mean_spread is None or seen.var_spread is None or seen.batches < 2:
-        return mean_error, var_error
-    root = math.sqrt(seen.batches)
-    if seen.batches < BATCHES_FOR_SPREAD:
-        return np.fmax(mean_error, seen.mean_spread / root), np.fmax(var_error, seen.var_spread / root)
-    return seen.mean_spread / root, seen.var_spread / root
+    root = math.sqrt(max(seen.batches, 1))
+    if seen.effective is None and seen.mean_spread is not None:
+        mean_error = seen.mean_spread / root
+    if seen.var_spread is not None and seen.batches >= BATCHES_FOR_SPREAD:
+        var_error = seen.var_spread / root
+    return mean_error, var_error
 
 
 def _tested(
@@ -144,7 +144,7 @@ def _tested(
 
     The spread is measured, since values of one image depend on each other: in trained nets it is up to twice what
     the number of values says."""
-    if seen.mean_spread is None or seen.var_spread is None or not seen.samples or not seen.batches:
+    if seen.var_spread is None or not seen.samples or not seen.batches:
         return None
     momentum = layer.momentum
     if not isinstance(momentum, float) or not 0 < momentum <= 1:
@@ -152,7 +152,13 @@ def _tested(
     batch = seen.samples / seen.batches
     wider = batch / (train_batch or min(batch, USUAL_BATCH))
     factor = math.sqrt(wider * momentum / (2.0 - momentum) + 1.0 / seen.batches)
-    tested = np.fmax(_over(mean_off, factor * seen.mean_spread), _over(var_off, factor * seen.var_spread))
+    if seen.effective is not None:
+        mean_spread = np.sqrt(seen.moments.variance() * seen.batches / np.maximum(seen.effective, 1.0))
+    elif seen.mean_spread is not None:
+        mean_spread = seen.mean_spread
+    else:
+        return None
+    tested = np.fmax(_over(mean_off, factor * mean_spread), _over(var_off, factor * seen.var_spread))
     return tested if np.isfinite(tested).any() else None
 
 

@@ -189,7 +189,7 @@ def test_hostile_images(tmp_path: Path, content: bytes) -> None:
 
 
 def test_many_pixels_are_not_decoded(tmp_path: Path) -> None:
-    (tmp_path / "x.png").write_bytes(png(8000, 7000, zlib.compress(bytes(8000 * 3 + 1) * 7000)))
+    (tmp_path / "x.png").write_bytes(png(8000, 7000, zlib.compress(bytes(100))))
     with pytest.raises(InputError, match=r"x.png: 8000 x 7000 pixels"):
         taken(tmp_path, image_size=32)
     save(tmp_path / "x.png", noise(8, 200))
