@@ -289,7 +289,8 @@ def test_values_that_are_not_used_are_named(run: Run, tmp_path: Path) -> None:
     assert "updates 9 were not used: the file says 216" in done.stdout
 
 
-def test_a_folder_is_not_repaired(run: Run) -> None:
-    done = run("recalibrate", ".", "--method", "debias")
+def test_a_folder_that_is_no_checkpoint_is_not_repaired(run: Run, tmp_path: Path) -> None:
+    done = run("recalibrate", ".", "--method", "debias", "-o", tmp_path / "out")
     assert done.returncode == 2
     assert "is a folder" in done.stderr
+    assert not (tmp_path / "out").exists()

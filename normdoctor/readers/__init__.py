@@ -73,13 +73,13 @@ FORMATS = (
         "Hugging Face shards (folder or *.index.json)",
         "safetensors or torch.save; only shards that can hold norms are opened",
         "update counters",
-        False,
+        True,
     ),
     Format(
         "torch.distributed.checkpoint (folder)",
         "nested state_dicts; chunks of FSDP and DTensor are joined",
         "update counters",
-        False,
+        True,
     ),
     Format("ONNX, opset 6 and later", "inline or external data, subgraphs, functions", "eps, momentum, mode", True),
     Format(

@@ -16,16 +16,16 @@ from normdoctor.recalibration.debias import Repair
 from normdoctor.recalibration.judging import Accuracy, Entropy, Judgement
 from normdoctor.recalibration.records import DebiasReport, LayerChange, MeasuredReport
 from normdoctor.reports.json import plain
-from normdoctor.reports.recalibration_wording import (
+from normdoctor.reports.recalibration_extent import (
     broken_channels,
     extent_of,
     is_little,
     known_values,
     median_layer,
-    median_variances,
     scarce_layers,
     worst_first,
 )
+from normdoctor.reports.recalibration_wording import median_variances
 
 SCHEMA_VERSION = 1
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from normdoctor.recalibration.records import DebiasReport, MeasuredReport
 from normdoctor.reports.markdown import Column, Page, code_name, code_names, head_of, prose_of, row_maker
+from normdoctor.reports.recalibration_extent import worst_first
 from normdoctor.reports.recalibration_wording import (
     COLUMNS_MEAN,
     change_lines,
@@ -25,7 +26,6 @@ from normdoctor.reports.recalibration_wording import (
     scarcity,
     time_line,
     values_cell,
-    worst_first,
 )
 from normdoctor.reports.wording import plural
 

@@ -11,13 +11,13 @@ from rich.text import Text
 
 from normdoctor.recalibration.judging import Verdict
 from normdoctor.recalibration.records import DebiasReport, MeasuredReport
+from normdoctor.reports.recalibration_extent import is_little, worst_first
 from normdoctor.reports.recalibration_wording import (
     COLUMNS_MEAN,
     change_lines,
     data_line,
     debias_remarks,
     end_lines,
-    is_little,
     judgement_lines,
     largest_residue_first,
     left_groups,
@@ -30,7 +30,6 @@ from normdoctor.reports.recalibration_wording import (
     scarcity,
     time_line,
     values_cell,
-    worst_first,
 )
 from normdoctor.reports.terminal import (
     console_for,

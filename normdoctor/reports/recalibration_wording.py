@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum
 
 from normdoctor.layers import median
 from normdoctor.recalibration.debias import Repair
 from normdoctor.recalibration.judging import Accuracy, Entropy, Judgement, Verdict
 from normdoctor.recalibration.records import DebiasReport, LayerChange, MeasuredReport
+from normdoctor.reports.recalibration_extent import (
+    ENOUGH,
+    LEAST,
+    LITTLE_RATIO,
+    LITTLE_SHIFT,
+    Extent,
+    broken_channels,
+    extent_of,
+    is_little,
+    known_values,
+    log_ratio,
+    median_layer,
+    size,
+    worst_first,
+)
 from normdoctor.reports.wording import percent, plural, short
-from normdoctor.rules import rule_of
-
-LITTLE_SHIFT, LITTLE_RATIO = 0.05, 1.1
-"""A layer changed little where its median mean moved by less than this share of a standard deviation, and its median
-variance by less than this factor."""
-
-FEW_SHARE = 0.1
-"""Up to this share of its layers a model that changed little may have that changed more."""
 
 NOTEWORTHY_SHIFT = 0.5
 """Standard deviations by which a single channel may move unmentioned in a layer that changed little."""
-
-LEAST, ENOUGH = (rule_of("D606").limits[name] for name in ("least", "enough"))
-"""Independent values a channel: under these nothing can be said, and small shifts are not seen."""
 
 METHOD_WORDS = {
     "exact": "exact: self-consistent, every norm measured with those before it repaired",
@@ -38,15 +41,6 @@ COLUMNS_MEAN = (
     "shift, max: change of the mean in old s.d., median and largest channel; variance: new / old; values: independent "
     "ones a channel; s.e.: of the new means in s.d.; residual: what is off when run again"
 )
-
-
-class Extent(Enum):
-    """How much of a model changed."""
-
-    NOTHING = "nothing"
-    LITTLE = "little"
-    SOME = "some layers"
-    MUCH = "much"
 
 
 # --- numbers ---
@@ -104,7 +98,7 @@ def near_percent(share: float) -> str:
 
 def data_line(report: MeasuredReport) -> str:
     """The data and how much of it was used."""
-    line = f"{report.data}: {plural(report.samples, 'sample')} in {batches(report.batches)}"
+    line = f"{report.data}; {plural(report.samples, 'sample')} in {batches(report.batches)}"
     return line + ("; stopped early, --until was reached" if report.stopped_early else "")
 
 
@@ -127,40 +121,6 @@ def method_line(report: MeasuredReport) -> str:
 # --- how much changed ---
 
 
-def log_ratio(row: LayerChange) -> float:
-    """|ln| of the median variance ratio; infinite for one that is no positive number."""
-    return abs(math.log(row.ratio)) if math.isfinite(row.ratio) and row.ratio > 0 else math.inf
-
-
-def _size(value: float) -> float:
-    """For sorting: what is no number is off without limit."""
-    return value if math.isfinite(value) else math.inf
-
-
-def worst_first(rows: Iterable[LayerChange]) -> list[LayerChange]:
-    """Layers by broken channels, then by how far their statistics moved; in the order of forward among equals."""
-    return sorted(rows, key=lambda row: (-row.broken, -max(_size(row.shift), log_ratio(row)), -_size(row.worst_shift)))
-
-
-def is_little(row: LayerChange) -> bool:
-    """Whether the median channel hardly moved, and none held what is no number."""
-    return not row.broken and row.shift < LITTLE_SHIFT and log_ratio(row) < math.log(LITTLE_RATIO)
-
-
-def extent_of(rows: Sequence[LayerChange]) -> Extent:
-    """How much changed over all."""
-    moved = sum(not is_little(row) for row in rows)
-    if not rows:
-        return Extent.NOTHING
-    if not moved:
-        return Extent.LITTLE
-    return Extent.SOME if moved <= FEW_SHARE * len(rows) and not broken_channels(rows) else Extent.MUCH
-
-
-def broken_channels(rows: Iterable[LayerChange]) -> int:
-    return sum(row.broken for row in rows)
-
-
 def change_lines(report: MeasuredReport) -> Iterator[str]:
     """How far the stored statistics were from those of the data, over all."""
     rows, extent = report.rows, extent_of(report.rows)
@@ -169,7 +129,7 @@ def change_lines(report: MeasuredReport) -> Iterator[str]:
         return
     if count := broken_channels(rows):
         layers = sum(bool(row.broken) for row in rows)
-        yield (f"{plural(count, 'channel')} of {plural(layers, 'layer')} held NaN, infinite or negative statistics.")
+        yield f"{plural(count, 'channel')} of {plural(layers, 'layer')} held NaN, infinite or negative statistics."
     furthest = worst_first(rows)[0]
     if extent is Extent.LITTLE:
         shift, ratio = max(row.shift for row in rows), max(map(log_ratio, rows))
@@ -178,24 +138,19 @@ def change_lines(report: MeasuredReport) -> Iterator[str]:
             f"by more than {_upward(100 * math.expm1(ratio))} %."
         )
         yield f"{line} {_meaning_of_little(report)}".rstrip()
-        single = max(rows, key=lambda row: _size(row.worst_shift))
+        single = max(rows, key=lambda row: size(row.worst_shift))
         if not single.worst_shift < NOTEWORTHY_SHIFT:
             yield f"Single channels moved further: by up to {number(single.worst_shift)} s.d. in {single.layer}."
         return
     (shift, ratio), moved = median_layer(rows), sum(not is_little(row) for row in rows)
-    words = "changed little but for" if extent is Extent.SOME else "changed:"
+    share = f"{moved:,} of {plural(len(rows), 'layer')}"
+    where = f"changed little but in {share}, where" if extent is Extent.SOME else f"changed: in {share}"
+    broken = ", or a channel was broken" if broken_channels(rows) else ""
     yield (
-        f"{words} {moved:,} of {plural(len(rows), 'layer')}, where the median channel moved by more than "
-        f"{LITTLE_SHIFT:g} s.d. or {percent(LITTLE_RATIO - 1)} of its variance, or was broken. Typical layer: "
-        f"{number(shift)} s.d., variance ratio {ratio_words(ratio)}; furthest {furthest.layer}: "
-        f"{number(furthest.shift)} s.d., ratio {ratio_words(furthest.ratio)}."
+        f"{where} the median channel moved by more than {LITTLE_SHIFT:g} s.d. or {percent(LITTLE_RATIO - 1)} of its "
+        f"variance{broken}. Typical layer: {number(shift)} s.d., variance ratio {ratio_words(ratio)}; furthest "
+        f"{furthest.layer}: {number(furthest.shift)} s.d., ratio {ratio_words(furthest.ratio)}."
     )
-
-
-def median_layer(rows: Sequence[LayerChange]) -> tuple[float, float]:
-    """Shift and variance ratio in the middle of all layers, each by itself; the larger of two."""
-    shifts, ratios = sorted(_size(row.shift) for row in rows), sorted(_size(row.ratio) for row in rows)
-    return shifts[len(rows) // 2], ratios[len(rows) // 2]
 
 
 def _upward(value: float) -> str:
@@ -266,16 +221,6 @@ def scarcity(report: MeasuredReport) -> Scarcity | None:
     return None
 
 
-def known_values(rows: Iterable[LayerChange]) -> dict[str, float]:
-    """Layer → independent values a channel, where that is known."""
-    return {row.layer: row.effective for row in rows if row.effective is not None and math.isfinite(row.effective)}
-
-
-def scarce_layers(rows: Iterable[LayerChange]) -> int:
-    """Layers for which the data holds, as far as known, too few independent values."""
-    return sum(values < ENOUGH for values in known_values(rows).values())
-
-
 def _more_data(report: MeasuredReport, values: float | None) -> str:
     needed = 1000 if values is None else _rounded_up(report.samples * ENOUGH / max(values, 1.0))
     if report.method == "blend":
@@ -336,8 +281,10 @@ def entropy_words(entropy: Entropy | None) -> str:
     """Of the predicted classes. More or less of it is neither good nor bad by itself."""
     if entropy is None:
         return "not known, a score is NaN or infinite"
+    if entropy.before == entropy.after:
+        return f"{entropy.before:.3g} nats before and after"
     change = "" if entropy.change is None else f"{entropy.change:+.2g} %; "
-    return f"{number(entropy.before)} -> {number(entropy.after)} nats ({change}reported, not judged)"
+    return f"{entropy.before:.3g} -> {entropy.after:.3g} nats ({change}reported, not judged)"
 
 
 def _outputs_words(judgement: Judgement) -> str:
@@ -345,7 +292,7 @@ def _outputs_words(judgement: Judgement) -> str:
     if change is None:
         broken = judgement.broken_before or judgement.broken_after
         return "how far they moved cannot be told" + (", they hold NaN or infinite values" if broken else "")
-    if change > 10:
+    if change > 2:
         return f"moved by {number(change)} times their size (L2)"
     return f"moved by {percent(change)} of their size (L2)" if change else "moved by nothing"
 
@@ -362,6 +309,8 @@ def residual_line(report: MeasuredReport) -> str:
     ratios = [row.residual_ratio for row in report.rows if row.residual_ratio is not None]
     if not shifts and not ratios:
         return ""
+    if not any((*shifts, *ratios)):
+        return "run again with the new statistics, every norm sees exactly these"
     parts = [f"means by at most {number(max(shifts, key=_size))} s.d."] if shifts else []
     parts += [f"log variances by at most {number(max(ratios, key=_size))}"] if ratios else []
     line = f"run again with the new statistics, {' and '.join(parts)} off"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from normdoctor.errors import RefusedError, UsageError
+from normdoctor.errors import NormDoctorError, RefusedError, UsageError
 from normdoctor.measurement.processes import ALONE
 from normdoctor.processes import are_several
 
@@ -176,38 +175,8 @@ def side_by_side(path: Path, work: str, count: int = 2, started: int = 2, **more
             process.communicate()
 
 
-def test_where_the_first_dies_another_speaks(tmp_path: Path) -> None:
-    first, second = side_by_side(
-        tmp_path,
-        """
-def work(processes):
-    processes.gather(1)
-    if processes.rank == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    processes.gather(2)
-""",
-    )
-    assert first.code == -signal.SIGKILL and second.code == 2
-    assert second.err.startswith("error: NormDoctorError: rank 0 is gone (") and len(second.err.splitlines()) == 1
-
-
-def test_a_defect_in_one(tmp_path: Path) -> None:
-    first, second = side_by_side(
-        tmp_path,
-        """
-def work(processes):
-    processes.gather(1)
-    if processes.rank == 1:
-        raise ValueError("a defect")
-    processes.gather(2)
-""",
-    )
-    assert second.code == 1 and "Traceback" in second.err and "ValueError: a defect" in second.err
-    assert first.code == 2 and first.err.startswith("error: NormDoctorError: rank 1 failed (ValueError: a defect)")
-
-
 def test_a_stop_from_outside(tmp_path: Path) -> None:
-    """The first is busy when it is stopped, as it is where torchrun finds another one dead."""
+    """The first is busy when it is stopped, as it is where torchrun finds another one dead; then the second speaks."""
     first, second = side_by_side(
         tmp_path,
         """
@@ -234,6 +203,15 @@ def test_one_that_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(with_torch, "GRACE", 0.0)
     found = with_torch.Together(0, 2, 90.0)._lost(RuntimeError("[unbound_buffer.cc:78] Timed out waiting 90000ms for"))
     assert found.message == "another process said nothing for 1.5 minutes: nothing was written"
+
+
+def test_a_defect_in_one_is_an_error_in_the_others() -> None:
+    with_torch = pytest.importorskip("normdoctor.processes.with_torch")
+    error = with_torch._Failure.of(ValueError("a defect")).error(3)
+    assert type(error) is NormDoctorError
+    assert error.message == "rank 3 failed (ValueError: a defect): nothing was written"
+    again = with_torch._Failure.of(UsageError("wrong", "do it so")).error(1)
+    assert type(again) is UsageError and (again.message, again.hint) == ("rank 1: wrong", "do it so")
 
 
 def test_alone() -> None:

@@ -25,7 +25,8 @@ from normdoctor.readers import open_checkpoint
 from normdoctor.readers.naming import Recognised, group_of, possible_norms, recognise
 from normdoctor.readers.sharded import natural_order
 from normdoctor.recalibration import recalibrate
-from normdoctor.reports import repair_text
+from normdoctor.recalibration.records import DebiasReport
+from normdoctor.reports import write_recalibration
 from normdoctor.rules.runner import fill_in
 
 Read = Callable[[Any], Checkpoint]
@@ -251,13 +252,15 @@ class TestRecalibrateShards:
             path.unlink()
         for number, own in ((1, "net.bn0"), (2, "net.bn2")):
             shard = tmp_path / "net" / f"model-{number:05}-of-00002.safetensors"
-            result = recalibrate(shard, method="debias", momentum=0.001, output=tmp_path / f"{number}.safetensors")
+            output = tmp_path / f"{number}.safetensors"
+            result = recalibrate(shard, method="debias", momentum=0.001, output=output).report
+            assert isinstance(result, DebiasReport)
             repaired, left = [r.layer.name for r in result.repairs], [u.layer.name for u in result.untouched]
             assert (repaired, left) == ([own], [] if (cut, number) == (9, 2) else ["net.bn1"])
             if left:
                 assert "lies partly in another shard" in result.untouched[0].reason
                 stream = io.StringIO()
-                repair_text.write(result, stream)
+                write_recalibration(result, "console", stream)
                 assert "left alone: 1 layer (net.bn1): lies partly in another shard" in stream.getvalue()
 
     def test_nothing_else_to_repair(self, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_counter_too_small_for_what_it_must_hold() -> None:
 
 def test_in_inference_mode_inference_tensors_are_changed() -> None:
     with torch.inference_mode():
-        assert len(nd.recalibrate(in_inference_mode(), method="debias").repairs) == 2
+        assert len(nd.recalibrate(in_inference_mode(), method="debias").report.repairs) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

@@ -45,20 +45,20 @@ def test_graphs_recorded_in_training_mode(write: object, training: bool, tmp_pat
         warnings.simplefilter("ignore")  # what torch thinks of its older formats
         write(net().train(training), tmp_path / "m")  # type: ignore[operator]
     result = nd.recalibrate(tmp_path / "m", method="debias", updates=230, output=tmp_path / "out")
-    said = [note for note in result.notes if "C301" in note]
-    assert len(result.repairs) == 1
+    said = [note for note in result.report.notes if "C301" in note]
+    assert len(result.report.repairs) == 1
     words = "1 layer was recorded in training mode and uses the batch at hand, whatever the buffers hold"
     assert said == ([f"{words} (C301): export again in eval mode"] if training else [])
 
 
 def test_a_module_in_training_mode_is_none() -> None:
-    assert nd.recalibrate(net().train(), method="debias").notes == ()
+    assert nd.recalibrate(net().train(), method="debias").report.notes == ()
 
 
 def test_weak_evidence_is_said() -> None:
     """After update_bn over 30 batches, with the momentum set back: nothing initial is left in these buffers."""
     model = net(momentum=0.1, updates=30, scale=20.0)
-    (note,) = nd.recalibrate(model, method="debias").notes
+    (note,) = nd.recalibrate(model, method="debias").report.notes
     assert note.startswith("in 1 of 1 layer the residue would be the smaller part of running_var")
     assert "update_bn" in note and "keep the original: compare the accuracy of both" in note
 

@@ -210,7 +210,7 @@ def test_counters_may_be_kept(net: nn.Module, tmp_path: Path) -> None:
     result = nd.recalibrate(tmp_path / "m.pt", method="debias", momentum=0.001, keep_counters=True)
     fixed = load_state("zip", tmp_path / "m.recalibrated.pt")
     assert all(fixed[name] == 216 for name in fixed if name.endswith("num_batches_tracked"))
-    assert not result.recognisable
+    assert not result.report.recognisable
 
 
 def test_several_models_in_one_file(net: nn.Module, tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_only_chosen_layers(net: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "m.pt"
     save(net, "module", path)
     result = nd.recalibrate(path, method="debias", output=tmp_path / "f.pt", layer=["layer3.*"])
-    assert {repair.layer.name.split(".")[0] for repair in result.repairs} == {"layer3"}
+    assert {repair.layer.name.split(".")[0] for repair in result.report.repairs} == {"layer3"}
     old, new = load_state("module", path), load_state("module", tmp_path / "f.pt")
     assert all(torch.equal(old[n], new[n]) for n in old if not n.startswith("layer3"))
 

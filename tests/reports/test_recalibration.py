@@ -20,7 +20,8 @@ from normdoctor.recalibration.debias import Repair, Untouched
 from normdoctor.recalibration.judging import Accuracy, Entropy, Judgement
 from normdoctor.recalibration.records import DebiasReport, LayerChange, MeasuredReport
 from normdoctor.reports import recalibration_json, recalibration_markdown, write_recalibration
-from normdoctor.reports.recalibration_wording import Extent, extent_of, left_groups, scarcity, worst_first
+from normdoctor.reports.recalibration_extent import Extent, extent_of, worst_first
+from normdoctor.reports.recalibration_wording import left_groups, scarcity
 from normdoctor.reports.text import printable
 
 from .conftest import HOSTILE
@@ -143,7 +144,7 @@ def test_console_at_a_glance() -> None:
     assert lines[:5] == [
         "model.pt",
         "  PyTorch module (zip)",
-        "  calib.npz (3x32x32 float32): 3,000 samples in 94 batches",
+        "  calib.npz (3x32x32 float32); 3,000 samples in 94 batches",
         "  exact: self-consistent, every norm measured with those before it repaired",
         "  measured in 12 s, 250 samples/s",
     ]
@@ -162,6 +163,10 @@ def test_console_at_a_glance() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
+        ({"rows": (row(residual_shift=0.0, residual_ratio=0.0),)}, "every norm sees exactly these"),
+        ({"rows": (row(residual_shift=math.nan),)}, "means by at most nan s.d."),
+        ({"judgement": judged(entropy=Entropy(1.7, 1.7))}, "entropy: 1.7 nats before and after"),
+        ({"judgement": judged(output_change=5.13)}, "outputs: moved by 5.1 times their size"),
         ({"stopped_early": True}, "94 batches; stopped early, --until was reached"),
         ({"batches": 1, "samples": 1}, "1 sample in 1 batch"),
         ({"method": "one-pass"}, "one-pass: what training mode sees, with dropout off"),
@@ -292,8 +297,8 @@ class TestHowMuchChanged:
         rows = [row(f"bn{n}") for n in range(19)]
         some, much = report_of(*rows, STALE), report_of(*rows[:3], STALE)
         assert extent_of(some.rows) is Extent.SOME and extent_of(much.rows) is Extent.MUCH
-        assert "changed little but for 1 of 20 layers, where" in said(some)
-        assert "changed: 1 of 4 layers, where" in said(much)
+        assert "changed little but in 1 of 20 layers, where the median" in said(some)
+        assert "changed: in 1 of 4 layers the median" in said(much)
         for report in (some, much):
             words = said(report)
             assert "Typical layer: 0.011 s.d., variance ratio 1.02" in words and HEALTHY not in words
