@@ -75,6 +75,9 @@ def measure(opened: Opened, data: Dataset, *, batch_size: int, progress: Progres
     if not tallies.batches:
         raise InputError(f"{data.words}: there are no samples", "Check --data.")
     layers = {name: tally.measured() for name, tally in tallies.of.items()}
+    if first and any(one.active is not None and not one.active.all() for one in layers.values()):
+        gates = opened.gates(first[0][0])
+        layers = {name: replace(one, gate=gates.get(name)) for name, one in layers.items()}
     order = tuple(tallies.of)
     disagreement, change = _gap(walker, first)
     left = dict(walker.left) | {name: "never reached with this data" for name in walker.norms if name not in tallies.of}

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from normdoctor.data import Batch
 from normdoctor.data.wanted import Wanted, wanted_of
-from normdoctor.errors import RefusedError, UsageError
+from normdoctor.errors import NormDoctorError, RefusedError, UsageError
 from normdoctor.layers import Checkpoint, Container, NormLayer
+from normdoctor.measurement.gates import gates_of, gates_of_export, gates_of_onnx
 from normdoctor.measurement.modules import find_norms
 from normdoctor.measurement.walks import Walker
 
 if TYPE_CHECKING:
+    from normdoctor.models.inputs import Example
     from normdoctor.models.loaded import Loaded
 
 
@@ -50,6 +52,8 @@ class Opened:
     """The most that a walk of a batch holds while it stands in front of a norm."""
     as_saved: Callable[[Batch], dict[str, Any]] | None = None
     """Its outputs in the modes in which its modules were saved, dropout aside; None where that is eval mode."""
+    gates: Callable[[Batch], Mapping[str, str]] = lambda batch: {}
+    """Layer → the activation that alone takes its output, as far as a graph can be had."""
     fixed_batch: int | None = None
     spills: bool = False
     notes: list[str] = field(default_factory=list)
@@ -74,7 +78,7 @@ def open_walker(model: Any, checkpoint: Checkpoint, options: RunOptions) -> Iter
         return
     loaded = _load(model, checkpoint, options)
     layers = layers_of(checkpoint, options.key)
-    with _open_torch(loaded, layers) as opened:
+    with _open_torch(loaded, layers, options.key) as opened:
         opened.notes[:0] = loaded.notes
         if checkpoint.container is Container.MEMORY:
             opened.as_saved = None  # its mode is that of the moment
@@ -100,6 +104,7 @@ def _open_onnx(checkpoint: Checkpoint, options: RunOptions) -> Iterator[Opened]:
             held_bytes=walker.live_bytes,
             fixed_batch=walker.fixed_batch,
             spills=True,
+            gates=lambda batch: gates_of_onnx(Path(checkpoint.path)),
         )
     finally:
         walker.close()
@@ -127,7 +132,7 @@ def _load(model: Any, checkpoint: Checkpoint, options: RunOptions) -> Loaded:
 
 
 @contextmanager
-def _open_torch(loaded: Loaded, layers: Sequence[NormLayer]) -> Iterator[Opened]:
+def _open_torch(loaded: Loaded, layers: Sequence[NormLayer], key: str | None) -> Iterator[Opened]:
     from normdoctor.measurement import with_torch
     from normdoctor.models.loaded import Kind
     from normdoctor.models.with_torch import dtype_of
@@ -136,6 +141,7 @@ def _open_torch(loaded: Loaded, layers: Sequence[NormLayer]) -> Iterator[Opened]
     notes: list[str] = []
     wanted = wanted_of(loaded, str(dtype_of(loaded)).removeprefix("torch."))
     others: dict[str, Any] = {}
+    given = loaded
     if loaded.kind is Kind.MODULE:
         found = find_norms(loaded.model, layers)
         norms, left = found.norms, found.left
@@ -154,6 +160,35 @@ def _open_torch(loaded: Loaded, layers: Sequence[NormLayer]) -> Iterator[Opened]
             wanted=wanted,
             held_bytes=lambda batch: with_torch.held_bytes(walker, batch),
             as_saved=walker.as_saved if any(layer.training for layer in layers) else None,
+            gates=lambda batch: _gates(given, walker.fitted(batch), norms, layers, key),
             fixed_batch=fixed_batch,
             notes=notes,
         )
+
+
+def _gates(
+    loaded: Loaded, example: Example, norms: Mapping[str, Any], layers: Sequence[NormLayer], key: str | None
+) -> dict[str, str]:
+    """The activations behind the norms of a model of torch; none where its graph cannot be followed."""
+    from normdoctor.models.loaded import Kind
+
+    if loaded.kind is Kind.PROGRAM:
+        return gates_of_export(Path(loaded.name), key)
+    try:
+        if loaded.kind is Kind.SCRIPT:
+            from normdoctor.torchscript.with_torch import read_script
+
+            named = {name: layer for layer in layers for name in (layer.name, *layer.aliases)}
+            return gates_of(read_script(loaded, example, named).graph)
+        from normdoctor.tracing.with_torch import trace
+
+        found = gates_of(trace(loaded, example).graph)
+    except NormDoctorError:
+        return {}
+    modules = dict(loaded.model.named_modules())
+    return {
+        name: found[path]
+        for name, norm in norms.items()
+        for path, other in modules.items()
+        if other is norm and path in found
+    }

@@ -311,8 +311,8 @@ def residual_line(report: MeasuredReport) -> str:
         return ""
     if not any((*shifts, *ratios)):
         return "run again with the new statistics, every norm sees exactly these"
-    parts = [f"means by at most {number(max(shifts, key=_size))} s.d."] if shifts else []
-    parts += [f"log variances by at most {number(max(ratios, key=_size))}"] if ratios else []
+    parts = [f"means by at most {number(max(shifts, key=size))} s.d."] if shifts else []
+    parts += [f"log variances by at most {number(max(ratios, key=size))}"] if ratios else []
     line = f"run again with the new statistics, {' and '.join(parts)} off"
     if report.method == "one-pass":
         return f"{line} (in eval mode norms see other inputs than in training mode; --method exact makes it 0)"
