@@ -376,10 +376,6 @@ class Checkpoint:
     load_calls: tuple[LoadCall, ...] = ()
     loader: str = "torch.load(weights_only=False)"
     """The call of torch's that would make them."""
-    files: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """Only of a folder: the name of a layer → the one file in it that can be repaired for it, where there is one."""
-    as_one_file: str = ""
-    """Only of a folder: what to do to have the model in one file, a sentence that ends with that file's name."""
     bytes_total: int | None = None
     count_bytes_read: Callable[[], int] = field(default=lambda: 0, repr=False)
     on_close: Callable[[], None] = field(default=lambda: None, repr=False)

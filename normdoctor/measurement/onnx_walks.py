@@ -44,8 +44,8 @@ class Engine(Protocol):
     def plain(self, value: Value) -> NDArray[Any]:
         """What numpy has no type for as float32."""
 
-    def kept(self, value: Value) -> Value:
-        """The same value, in a place where it may stay for long."""
+    def tidy(self) -> None:
+        """Give memory that is not used back."""
 
     def is_tensor(self, value: Value) -> bool: ...
 
@@ -143,6 +143,8 @@ class OnnxWalker:
                 )
             arrays.append(array)
         self._set(norm, arrays[0], arrays[1])
+        if len(self._walks) > 1:  # all of them have come to the norm
+            self._engine.tidy()
 
     def restore(self) -> None:
         for name, norm in self._norms.items():
@@ -274,9 +276,7 @@ class OnnxWalk:
         x = fresh[stage.x] if stage.x in fresh else self._taken(stage.x)
         for name in [name for name in self.live if name not in stage.keeps]:
             _drop(self.live.pop(name))
-        for name in [name for name in fresh if name in stage.keeps]:
-            value = fresh.pop(name)
-            self.live[name] = walker._engine.kept(value) if len(walker._walks) > 1 else value
+        self.live.update((name, value) for name, value in fresh.items() if name in stage.keeps)
         walker._account(self)
         return stage.cut, x
 

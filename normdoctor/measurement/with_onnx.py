@@ -7,9 +7,9 @@ reference evaluator. Only norms with statistics are stopped at; LayerNorm and it
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
-import mmap
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -36,10 +36,6 @@ MAX_THREADS = 1000
 """Of all sessions together: every piece has one, and every session threads of its own."""
 
 UNLIMITED = 1 << 62
-
-LARGE = 1 << 20
-"""Bytes of a value that is held in a map of its own: among those that come and go the C library's heap would grow to
-a multiple of what is held."""
 
 MAX_MODEL = (1 << 31) - 1
 """Bytes of a model without its external data: protobuf's own limit."""
@@ -330,13 +326,10 @@ class _Runtime:
 
         return plain(value.numpy())
 
-    def kept(self, value: Value) -> Value:
-        if self.nbytes(value) < LARGE:
-            return value
-        array = self.array(value)
-        copy = np.frombuffer(mmap.mmap(-1, array.nbytes), dtype=array.dtype).reshape(array.shape)
-        np.copyto(copy, array)
-        return self._runtime.OrtValue.ortvalue_from_numpy(copy)
+    def tidy(self) -> None:
+        # The C library would keep several times what walks hold, in holes of its heap.
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
     def is_tensor(self, value: Value) -> bool:
         return bool(value.is_tensor())
@@ -399,8 +392,8 @@ class _Reference:
 
         return plain(value)
 
-    def kept(self, value: Value) -> Value:
-        return value
+    def tidy(self) -> None:
+        pass
 
     def is_tensor(self, value: Value) -> bool:
         return isinstance(value, np.ndarray | np.generic)

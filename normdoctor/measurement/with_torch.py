@@ -33,10 +33,13 @@ from normdoctor.moments import Moments
 from normdoctor.readers.live_module import LiveArray
 
 CHUNK = 1 << 18
-"""Values that are squared at a time: what fits a processor's cache is read from memory once."""
+"""Values that are shifted, widened or squared at a time: what fits a processor's cache is read from memory once."""
 
 FEW = 16
-"""Up to so many values of a channel in a sample it pays to copy them beside those of other channels."""
+"""Up to so many values of a channel in a sample, sums are taken over samples first: rows so short are slow to sum."""
+
+STRIDED = 8
+"""Rows up to this long are faster to sum column by column."""
 
 MOST = 8 / 9
 """A mean whose square is above this share of the mean square lies 2.8 standard deviations from 0: their difference
@@ -55,23 +58,22 @@ def seen(x: torch.Tensor, *, samples: bool = True, shift: torch.Tensor | None = 
     """Moments of each channel (axis 1) of a norm's input, and the mean of each sample where they are asked for.
 
     shift: near the means, float32 or float64, shape (channels,). It is taken from the values before they are squared;
-    where a mean still lies far off, they are gone over again with the means themselves. Sums over a sample are
-    taken in the type of x (float32 for narrower ones), all others in float64."""
+    where a mean still lies far off, they are gone over again with the means themselves. Sums over a sample, or over
+    some of them, are taken in the type of x (float32 for narrower ones), all others in float64."""
     count, channels = x.shape[:2]
     values = x.detach().reshape(count, channels, -1)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     each = values.shape[2]
     for _ in range(TRIES):
-        sums = _sums(values, shift, wide)
-        total = sums.sum(1, dtype=torch.float64).cpu().numpy() / (count * each)
-        delta, square = total
+        total, of_samples = _sums(values, shift, wide, samples)
+        delta, square = total / (count * each)
         if not _is_off(delta, square):
             break
         near = torch.from_numpy(delta).to(x.device)
         shift = (near if shift is None else shift.double() + near).to(wide)
     base = 0.0 if shift is None else _float64(shift)
     moments = Moments(count * each, base + delta, np.maximum(square - delta * delta, 0) * (count * each))
-    return Seen(moments, base + _float64(sums[0]) / each if samples else None)
+    return Seen(moments, None if of_samples is None else base + _float64(of_samples) / each)
 
 
 def _is_off(mean: Vector, square: Vector) -> bool:
@@ -79,24 +81,52 @@ def _is_off(mean: Vector, square: Vector) -> bool:
     return bool((mean * mean > MOST * square).any())
 
 
-def _sums(values: torch.Tensor, shift: torch.Tensor | None, wide: torch.dtype) -> torch.Tensor:
-    """Sums and sums of squares of values - shift over each sample, shape (2, samples, channels)."""
+def _sums(
+    values: torch.Tensor, shift: torch.Tensor | None, wide: torch.dtype, samples: bool
+) -> tuple[Vector, torch.Tensor | None]:
+    """Sums and sums of squares of values - shift, shape (2, channels); and the sums over each sample, if asked for,
+    shape (samples, channels)."""
+    _, channels, each = values.shape
+    few = each <= FEW
+    total = torch.zeros((2, channels, each if few else 1), dtype=torch.float64, device=values.device)
+    of_samples = []
+    for part in _parts(values, shift, wide, whole=not few):
+        if few:
+            total[0] += part.sum(0)
+            total[1] += part.square().sum(0)
+            sums = _row_sums(part) if samples else None
+        else:
+            sums = part.sum(2)
+            total[0, :, 0] += sums.sum(0, dtype=torch.float64)
+            total[1, :, 0] += torch.linalg.vector_norm(part, dim=2).double().square_().sum(0)
+        if samples and sums is not None:
+            of_samples.append(sums)
+    return total.sum(2).cpu().numpy(), torch.cat(of_samples) if samples else None
+
+
+def _parts(
+    values: torch.Tensor, shift: torch.Tensor | None, wide: torch.dtype, *, whole: bool
+) -> Iterator[torch.Tensor]:
+    """values - shift, some samples at a time; all at once where that is (`whole`) no loss and nothing is to be done."""
     samples, channels, each = values.shape
-    axis = 2
-    if each <= FEW:
-        values, axis = values.transpose(1, 2).contiguous(), 1
-    centre = None if shift is None else shift.view((1, channels, 1) if axis == 2 else (1, 1, channels))
+    if shift is None and values.dtype == wide and whole:
+        yield values
+        return
     step = max(1, CHUNK // (channels * each)) if values.device.type == "cpu" else samples
-    result = torch.empty((2, samples, channels), dtype=wide, device=values.device)
-    buffer = torch.empty_like(values[:step], dtype=wide)
+    centre = None if shift is None else shift.view(1, channels, 1)
     for begin in range(0, samples, step):
         part = values[begin : begin + step].to(wide)
-        out = buffer[: len(part)]
-        if centre is not None:
-            part = torch.sub(part, centre, out=out)
-        torch.sum(part, axis, out=result[0, begin : begin + step])
-        torch.sum(torch.mul(part, part, out=out), axis, out=result[1, begin : begin + step])
-    return result
+        yield part if centre is None else part - centre
+
+
+def _row_sums(values: torch.Tensor) -> torch.Tensor:
+    """The sums over the last axis, which is short."""
+    if values.shape[2] > STRIDED:
+        return values.sum(2)
+    first, *others = values.unbind(2)
+    for other in others:
+        first = first + other
+    return first
 
 
 def _float64(tensor: torch.Tensor) -> Vector:
@@ -236,7 +266,7 @@ class ModuleWalker:
         for name, values in zip(BUFFERS, (mean, var), strict=True):
             old = buffers[name]
             assert old is not None
-            new = torch.from_numpy(np.array(values)).to(device=old.device, dtype=old.dtype).reshape(old.shape)
+            new = torch.from_numpy(values).to(device=old.device, dtype=old.dtype, copy=True).reshape(old.shape)
             if old.dtype not in WIDEST and not bool(torch.isfinite(new).all()):
                 dtype = str(old.dtype).removeprefix("torch.")
                 raise RefusedError(

@@ -235,11 +235,7 @@ def _build(checkpoint: Checkpoint, arch: str, arguments: str | Mapping[str, Any]
         for name, tensor in module.state_dict(keep_vars=True).items()
         if isinstance(tensor, torch.Tensor) and not nn.parameter.is_lazy(tensor)
     }
-    try:
-        found, notes = match(tensors, wanted, f"--arch {arch}")
-    except InputError as error:
-        # Of a checkpoint in several files only those are opened that may hold norms.
-        raise InputError(error.message, checkpoint.as_one_file or error.hint) from None
+    found, notes = match(tensors, wanted, f"--arch {arch}")
     values = {}
     for name, array in found.items():
         # reshape: numpy makes one element of a single number

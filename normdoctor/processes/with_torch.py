@@ -72,6 +72,8 @@ class _Place:
 
     def is_gone(self) -> bool:
         """Whether there is no such process any more, or nothing but its exit status. Only for those of this host."""
+        if os.name != "posix":  # elsewhere a signal 0 is no question
+            return False
         try:
             os.kill(self.number, 0)
         except ProcessLookupError:

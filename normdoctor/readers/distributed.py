@@ -7,7 +7,6 @@ planner_data keeps the keys apart. https://pytorch.org/docs/stable/distributed.c
 
 from __future__ import annotations
 
-import shlex
 import zipfile
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -93,7 +92,6 @@ def read(source: Source) -> Checkpoint:
     if unseen:
         notes.append(f"values beside the tensors that could not be looked through for calls on load: {unseen:,}")
     own = [call for call in pickled.calls if not _is_of_format(call)]
-    folder = source.path.parent
     return Checkpoint(
         path=str(source.path),
         format=f"PyTorch distributed {describe(nested, contents.models)} (DCP folder)",
@@ -103,10 +101,6 @@ def read(source: Source) -> Checkpoint:
         list_references=lambda: tuple(contents.references),
         load_calls=load_calls.judge([*own, *called]),
         loader="torch.distributed.checkpoint.load",
-        as_one_file=(
-            "convert it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
-            f"{shlex.quote(str(folder))} model.pt"
-        ),
         bytes_total=source.size + parts.total_size(),
         count_bytes_read=lambda: source.bytes_read + parts.bytes_read,
         on_close=source.close,

@@ -24,9 +24,6 @@ from normdoctor.readers.safetensors import unique_names
 INDEX_NAME = re.compile(r"\.index(\.[\w-]+)?\.json$")
 """model.safetensors.index.json, pytorch_model.bin.index.json; a variant stands in front or in the middle."""
 
-ONE_FILE = 'save the model in one file: save_pretrained(".", max_shard_size="1000GB") writes model.safetensors'
-"""A size above that of any model, in a unit that all of transformers' releases are likely to know."""
-
 SHARD_NAME = re.compile(r"-(\d{1,6})-of-(\d{1,6})\.[^.]+$")
 """model-00001-of-00002.safetensors: how transformers and huggingface_hub call a shard."""
 
@@ -93,7 +90,18 @@ def read(source: Source, open_shard: Callable[[Path], Checkpoint]) -> Checkpoint
         found = {shard: _tensors_of(checkpoint) for shard, checkpoint in opened.items()}
         tensors = {name: found[places[name]][name] for name in _ordered(places, opened, found)}
         model = read_names(tensors)
-        close = stack.pop_all().close
+        kept = stack.pop_all()
+
+    def every_tensor() -> tuple[Reference, ...]:
+        """Also those of the shards that hold no norm, which are opened for it."""
+        _check_presence(source, shards, len(shards))
+        for shard in shards:
+            if shard not in opened:
+                opened[shard] = kept.enter_context(_open(shard, open_shard))
+                found[shard] = _tensors_of(opened[shard])
+        names = _ordered(places, opened, found)
+        return tuple(Reference(name, found[places[name]][name]) for name in names)
+
     notes = [note for shard in opened.values() if shard.layers for note in shard.notes]
     notes += _disagreements(places, found)
     if len(needed) < len(shards):
@@ -111,13 +119,11 @@ def read(source: Source, open_shard: Callable[[Path], Checkpoint]) -> Checkpoint
         container=Container.FOLDER,
         models=(model,),
         notes=tuple(dict.fromkeys(notes)),
-        list_references=lambda: tuple(Reference(name, array) for name, array in tensors.items()),
+        list_references=every_tensor,
         load_calls=tuple(sorted(calls, key=lambda call: (-call.danger.value, call.name))),
-        files=_files_of(model.layers, {name: places[name] for name in tensors}),
-        as_one_file=ONE_FILE,
         bytes_total=source.size + sum(map(_size_of, shards)),
         count_bytes_read=lambda: source.bytes_read + sum(shard.count_bytes_read() for shard in opened.values()),
-        on_close=close,
+        on_close=kept.close,
     )
 
 
@@ -176,12 +182,6 @@ def _disagreements(places: Mapping[str, Path], found: Mapping[Path, Mapping[str,
         )
     if unlisted:
         yield f"in the shards but not in the index, and not judged: {len(unlisted):,} (the first is {unlisted[0]})"
-
-
-def _files_of(layers: Iterable[NormLayer], places: Mapping[str, Path]) -> dict[str, str]:
-    """For each layer that lies in one shard, that shard."""
-    shards = {parent: set(leaves.values()) for parent, leaves in by_parent(places).items()}
-    return {layer.name: str(*shards[layer.name]) for layer in layers if len(shards[layer.name]) == 1}
 
 
 @dataclass(frozen=True)

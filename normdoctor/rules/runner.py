@@ -17,7 +17,6 @@ from normdoctor.findings import (
     DATA_FIELD,
     DEBIAS_COMMAND,
     MEASURE_ANEW,
-    RECALIBRATE,
     Context,
     Finding,
     Observation,
@@ -334,21 +333,15 @@ def _filled(layer: NormLayer, values: Mapping[str, float]) -> NormLayer:
 def fill_in(fix: str, checkpoint: Checkpoint, momentum: str = "", layer: NormLayer | None = None) -> str:
     """Put the file's name into a fix: {path} as the shell wants it, {fixed} for a sensible output, {momentum} for
     the option that a file without one needs, {data} for the data that was given. A live module is repaired through
-    the API instead, a checkpoint in several files through the one that holds the layer, or else once it is in one
-    file."""
-    first = ""
+    the API instead."""
     if checkpoint.container is Container.MEMORY:
         fix = fix.replace(DEBIAS_COMMAND, 'normdoctor.recalibrate(module, method="debias")')
         fix = fix.replace(MEASURE_ANEW, "normdoctor.recalibrate(module, data)")
     path = Path(checkpoint.path)
-    if checkpoint.container is Container.FOLDER and RECALIBRATE in fix:
-        one_file = None if layer is None else checkpoint.files.get(layer.name)
-        first = "" if one_file else f"{checkpoint.as_one_file}; then: "
-        path = Path(one_file or checkpoint.as_one_file.rpartition(" ")[2])
     words = {"{path}": str(path), "{fixed}": str(repaired_path(path)) if path.name else "fixed"}
     for placeholder, word in words.items():
         word = f"./{word}" if word.startswith("-") else word  # or the shell's next program takes it for an option
         fix = fix.replace(placeholder, shlex.quote(word))
     seen = next((model.measurement for model in checkpoint.models if model.measurement is not None), None)
     data = "" if seen is None else seen.options
-    return first + fix.replace("{momentum}", momentum).replace("{data}", f" {data or '--data DATA'}")
+    return fix.replace("{momentum}", momentum).replace("{data}", f" {data or '--data DATA'}")
