@@ -351,11 +351,11 @@ def threshold_rows(samples: Sequence[Sample]) -> Iterator[str]:
         return lambda one: max((values[place] for values in one.layers), default=0.0)
 
     table: tuple[tuple[str, str, str, Callable[[Sample], float], str], ...] = (
-        ("D603", "model", "median KL of the model less what measuring adds", excess, "momentum 0.01"),
-        ("D603", "beyond", "share of channels beyond six standard errors", beyond, "momentum 0.01"),
-        ("D601", "warning", "z in the worst twentieth of the worst layer", largest(0), "momentum 0.005"),
-        ("D602", "warning", "variance ratio of the median channel of the worst layer", largest(1), "momentum 0.005"),
-        ("D603", "warning", "KL in the worst twentieth of the worst layer", largest(2), "momentum 0.005"),
+        ("D603", "model", "median KL of the model less what measuring adds", excess, "one batch of 8"),
+        ("D603", "beyond", "share of channels beyond six standard errors", beyond, "one batch of 8"),
+        ("D601", "warning", "z in the worst twentieth of the worst layer", largest(0), "one batch of 8"),
+        ("D602", "warning", "variance ratio of the median channel of the worst layer", largest(1), "reset"),
+        ("D603", "warning", "KL in the worst twentieth of the worst layer", largest(2), "one batch of 8"),
     )
     for code, limit, words, value, mishap in table:
         healthy = sorted(((value(one), one) for one in whole if one.kind == "healthy"), key=lambda pair: pair[0])

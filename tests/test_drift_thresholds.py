@@ -33,7 +33,7 @@ def test_healthy_nets_stay_below_and_the_mishaps_above() -> None:
     for row in rows("The thresholds"):
         threshold, worst, mildest = float(row[7]), first_number(row[5]), first_number(row[6])
         assert worst < threshold, row
-        if row[0] == "D603":
+        if row[1] in ("model", "beyond"):
             assert mildest > threshold, row
 
 
@@ -44,7 +44,7 @@ def test_no_healthy_net_is_called_stale() -> None:
     for row in healthy:
         nets, stale, noisy = map(int, row[2:5])
         assert nets >= 30 and stale == 0 and noisy == 0, row
-        assert int(row[5]) == 0 or re.match(r"\d+ held", row[1]), "unknown only on few images"
+        assert int(row[5]) <= nets / 10 or re.match(r"\d+ held", row[1]), "unknown on few images"
 
 
 def test_costly_mishaps_are_seen() -> None:

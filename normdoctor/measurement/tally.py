@@ -50,9 +50,8 @@ class Tally:
     _size: int = 0
     """Samples in a whole batch: in the first one."""
     _of_samples: Moments | None = None
-    _of_means: Moments | None = None
-    """The moments of the means of whole batches, and of their variances."""
-    _of_variances: Moments | None = None
+    _of_batches: Moments | None = None
+    """The moments of the means of whole batches, and of their variances behind them."""
     _active: Vector | None = None
     _tokens: TokensSeen | None = None
 
@@ -67,8 +66,8 @@ class Tally:
         if part.of_samples is not None:
             self._of_samples = _sum(self._of_samples, part.of_samples)
         if part.size == self._size:
-            self._of_means = _sum(self._of_means, Moments.of(part.moments.mean[None]))
-            self._of_variances = _sum(self._of_variances, Moments.of(part.moments.variance()[None]))
+            both = np.concatenate([part.moments.mean, part.moments.variance()])
+            self._of_batches = _sum(self._of_batches, Moments(1, both, np.zeros_like(both)))
         if part.active is not None:
             self._active = part.active if self._active is None else self._active + part.active
         if part.tokens is not None:
@@ -129,9 +128,9 @@ class Tally:
 
     def _spreads(self, effective: Vector | None) -> tuple[Vector | None, Vector | None]:
         """Standard deviations, between batches, of the mean and of the variance of a batch."""
-        means, variances = self._of_means, self._of_variances
-        if means is not None and variances is not None and means.count >= ENOUGH_BATCHES:
-            return np.sqrt(means.variance(1)), np.sqrt(variances.variance(1))
+        if self._of_batches is not None and self._of_batches.count >= ENOUGH_BATCHES:
+            means, variances = np.split(np.sqrt(self._of_batches.variance(1)), 2)
+            return means, variances
         if effective is None:
             return None, None
         of_batch = np.maximum(effective * self._size / self.samples, 1.0)

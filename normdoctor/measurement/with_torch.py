@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from normdoctor.data import Batch
@@ -37,6 +37,9 @@ CHUNK = 1 << 18
 
 FEW = 16
 """Up to so many values of a channel in a sample, sums are taken over samples first: rows so short are slow to sum."""
+
+LONG = 1024
+"""A norm of more values at a time would be inexact: torch adds their squares one after the other."""
 
 STRIDED = 8
 """Rows up to this long are faster to sum column by column."""
@@ -71,9 +74,12 @@ def seen(x: torch.Tensor, *, samples: bool = True, shift: torch.Tensor | None = 
             break
         near = torch.from_numpy(delta).to(x.device)
         shift = (near if shift is None else shift.double() + near).to(wide)
-    base = 0.0 if shift is None else _float64(shift)
-    moments = Moments(count * each, base + delta, np.maximum(square - delta * delta, 0) * (count * each))
-    return Seen(moments, None if of_samples is None else base + _float64(of_samples) / each)
+    means = None if of_samples is None else _float64(of_samples) / each
+    m2 = np.maximum(square - delta * delta, 0) * (count * each)
+    if shift is not None:
+        base = _float64(shift)
+        delta, means = base + delta, None if means is None else base + means
+    return Seen(Moments(count * each, delta, m2), means)
 
 
 def _is_off(mean: Vector, square: Vector) -> bool:
@@ -98,7 +104,7 @@ def _sums(
         else:
             sums = part.sum(2)
             total[0, :, 0] += sums.sum(0, dtype=torch.float64)
-            total[1, :, 0] += torch.linalg.vector_norm(part, dim=2).double().square_().sum(0)
+            total[1, :, 0] += _row_squares(part).sum(0)
         if samples and sums is not None:
             of_samples.append(sums)
     return total.sum(2).cpu().numpy(), torch.cat(of_samples) if samples else None
@@ -117,6 +123,17 @@ def _parts(
     for begin in range(0, samples, step):
         part = values[begin : begin + step].to(wide)
         yield part if centre is None else part - centre
+
+
+def _row_squares(values: torch.Tensor) -> torch.Tensor:
+    """The sums of squares over the last axis, float64."""
+    samples, channels, length = values.shape
+    while length > LONG and length % 2 == 0:
+        length //= 2
+    if length > LONG:
+        return values.square().sum(2).double()
+    pieces = values.reshape(samples, channels, -1, length)
+    return torch.linalg.vector_norm(pieces, dim=3).double().square_().sum(2)
 
 
 def _row_sums(values: torch.Tensor) -> torch.Tensor:
@@ -180,7 +197,7 @@ def look_at(module: nn.Module, layer: NormLayer) -> Callable[[torch.Tensor], See
 # walking
 
 
-class _Place(greenlet.greenlet):
+class _Place(greenlet.greenlet):  # type: ignore[misc]
     """Where a batch's forward pass is; hooks know it by this class."""
 
     look: Look
@@ -250,13 +267,14 @@ class ModuleWalker:
         self.saved_modes = {inner: inner.training for inner in self.module.modules()}
         self._device = device_of(loaded)
         self._dtype = dtype_of(loaded)
-        self._modes = _mode_stacks()
+        self.modes = mode_stacks()
         self._shifts: dict[str, torch.Tensor] = {}
         """Where the inputs of a norm lie that are far from 0."""
 
     @property
     def norms(self) -> Mapping[str, int]:
-        return {name: int(module._buffers[BUFFERS[0]].numel()) for name, module in self._modules.items()}
+        sizes = {name: module._buffers[BUFFERS[0]] for name, module in self._modules.items()}
+        return {name: int(buffer.numel()) for name, buffer in sizes.items() if buffer is not None}
 
     def start(self, batch: Batch, look: Look) -> ModuleWalk:
         return ModuleWalk(self, batch, look)
@@ -343,7 +361,7 @@ class ModuleWalker:
                     self._shifts[name] = torch.from_numpy(found.moments.mean).to(device=x.device, dtype=wide)
                 if place.look.active:
                     found = Seen(found.moments, found.sample_means, active(x, norm))
-            if _mode_stacks() != self._modes or torch.is_inference_mode_enabled():
+            if mode_stacks() != self.modes or torch.is_inference_mode_enabled():
                 raise RefusedError(
                     f"{name}: is called inside a context of torch (a device, a mode, inference_mode) that cannot be "
                     "left and entered again",
@@ -359,7 +377,7 @@ class ModuleWalker:
         return pause
 
 
-def _mode_stacks() -> tuple[int, int]:
+def mode_stacks() -> tuple[int, int]:
     """How many modes of torch are active around the caller."""
     return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
 
@@ -415,14 +433,16 @@ def as_module(loaded: Loaded, module: nn.Module) -> Loaded:
 # memory
 
 
-class _Living(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, of those made while it was on."""
+class _Living(TorchFunctionMode):
+    """Counts the bytes of the tensors that are alive, of those that functions of torch gave while it was on."""
+
+    # A TorchDispatchMode would see more (what lives inside a function), but importing what it needs takes seconds.
 
     def __init__(self) -> None:
         super().__init__()
         self._made: Any = WeakTensorKeyDictionary()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = function(*args, **(kwargs or {}))
         for tensor in _pytree.tree_leaves(results):
             if isinstance(tensor, torch.Tensor):
@@ -440,16 +460,14 @@ class _Living(TorchDispatchMode):
 def held_bytes(walker: ModuleWalker, batch: Batch) -> int:
     """The most that a walk of this batch holds while it stands in front of a norm, in bytes, its inputs included."""
     example = walker.fitted(batch)
-    inputs = sum(t.numel() * t.element_size() for t in _pytree.tree_leaves(example.args) if isinstance(t, torch.Tensor))
-    inputs += sum(
-        t.numel() * t.element_size() for t in _pytree.tree_leaves(example.kwargs) if isinstance(t, torch.Tensor)
-    )
-    most = 0
+    given = [leaf for leaf in _pytree.tree_leaves((example.args, example.kwargs)) if isinstance(leaf, torch.Tensor)]
+    most, modes = 0, walker.modes
     with contextlib.closing(walker.start(batch, Look())) as walk, _Living() as living:
-        walker._modes = _mode_stacks()
+        walker.modes = mode_stacks()
         try:
             while walk.advance() is not None:
-                most = max(most, living.bytes())
+                with torch._C.DisableTorchFunction():
+                    most = max(most, living.bytes())
         finally:
-            walker._modes = (walker._modes[0], walker._modes[1] - 1)
-    return most + inputs
+            walker.modes = modes
+    return most + sum(tensor.numel() * tensor.element_size() for tensor in given)

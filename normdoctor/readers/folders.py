@@ -7,6 +7,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -121,6 +122,16 @@ def find_manifest(folder: Path) -> Path:
         f"{folder}: is a folder of {_count(len(files))}, not one checkpoint",
         f"Name a file in it, or inspect all of them: normdoctor inspect {folder} (in Python: nd.find_checkpoints)",
     )
+
+
+def folder_of(path: Path) -> Path | None:
+    """The folder of a checkpoint in several files, named by itself or by its index; None for a checkpoint in one."""
+    if _is_folder(path):
+        return path
+    with suppress(InputError, OSError, ValueError):  # opening it then says what is wrong
+        if _is_manifest(path):
+            return path.parent
+    return None
 
 
 def _copy_in_torch(index: Path) -> Path:

@@ -15,6 +15,7 @@ from normdoctor.inspection import check_momentum, matches, several
 from normdoctor.measurement.processes import ALONE, Processes
 from normdoctor.processes import are_several
 from normdoctor.readers import open_checkpoint
+from normdoctor.readers.folders import folder_of
 from normdoctor.recalibration.records import METHODS, DebiasReport, MeasuredReport, Method, Recalibration
 from normdoctor.writing import check_output, replace_in_place
 
@@ -203,7 +204,8 @@ def _target(source: Path, output: str | Path | None, in_place: bool, overwrite: 
     if in_place:
         if output is not None:
             raise UsageError("--in-place and -o exclude each other")
-        return source
-    target = repaired_path(source) if output is None else Path(output)
-    check_output(target, source, overwrite, folder=source.is_dir())
+        return folder_of(source) or source
+    folder = folder_of(source)
+    target = repaired_path(folder or source) if output is None else Path(output)
+    check_output(target, folder or source, overwrite, folder=folder is not None)
     return target

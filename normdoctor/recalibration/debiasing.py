@@ -100,8 +100,8 @@ def _refuse_repetition(checkpoint: Checkpoint) -> None:
     from normdoctor.recalibration import with_onnx
 
     mark = with_onnx.recorded_mark(Path(checkpoint.path))
-    if mark is not None and mark.startswith(MARK):
+    if mark is not None:
         raise RefusedError(
             f"{checkpoint.path}: was recalibrated before ({mark})",
-            "A second debias would take out a residue that is gone.",
+            "Debiasing it would take out a residue that is gone.",
         )

@@ -44,14 +44,12 @@ from normdoctor.recalibration.judging import Judge, Judgement, Verdict, merged_j
 from normdoctor.recalibration.records import LayerChange, MeasuredReport, Method
 from normdoctor.recalibration.write_back import Change, check_unshared
 from normdoctor.recalibration.writing_back import write_changes
+from normdoctor.rules.calibration_data import too_little_data
 from normdoctor.rules.wording import plural
 from normdoctor.writing import folder_beside
 
-TOO_FEW = 32
+TOO_FEW = too_little_data.limits["least"]
 """Independent values per channel below which a variance is off by a quarter and more: refused."""
-
-SCARCE = 450
-"""Below this three standard errors of a variance (sqrt(2 / n) each) are more than D602's limit: said."""
 
 DEFAULT_PRIOR = 16.0
 """Samples that stored statistics count for in a blend where nobody says how many."""
@@ -157,7 +155,7 @@ class _Job:
             raise RefusedError(
                 f"{self.checkpoint.path}: the data never reaches a norm", "Check --data, and which way forward takes."
             )
-        notes = [*self.opened.notes, *self._scarce(new, tallies)]
+        self._check_enough(new, tallies)
         rows = tuple(self._row(name, tallies.of[name], new[name]) for name in tallies.of if name in new)
         changes = self._changes(new)
         report = MeasuredReport(
@@ -171,7 +169,8 @@ class _Job:
             prior=self._prior if self.order.method == "blend" else None,
             rows=rows,
             left=left,
-            notes=tuple(notes),
+            notes=tuple(self.opened.notes),
+            options=self.asked.words,
             seconds=seconds,
             dry_run=self.order.dry_run,
         )
@@ -231,23 +230,15 @@ class _Job:
                 "It must give all of them the same ones in the same order, or those of a DistributedSampler.",
             )
 
-    def _scarce(self, new: Mapping[str, Any], tallies: Tallies) -> Iterator[str]:
-        """Refuse statistics of too few independent values; a note where they are few."""
+    def _check_enough(self, new: Mapping[str, Any], tallies: Tallies) -> None:
+        """Raise RefusedError for statistics of too few independent values. That they are few the report says."""
         values = {name: effective_values(tallies.of[name]) for name in new}
         name = min(values, key=lambda name: values[name])
-        least = values[name]
-        if least < TOO_FEW and not self.order.force and self.order.method != "blend":
+        if values[name] < TOO_FEW and not self.order.force and self.order.method != "blend":
             raise RefusedError(
-                f"{name}: {tallies.samples:,} samples are worth {least:.3g} independent values, too few for a variance "
-                f"({TOO_FEW} at least, {SCARCE} and more to be sure)",
+                f"{name}: {plural(tallies.samples, 'sample')} are worth {values[name]:.3g} independent values a "
+                f"channel, too few for a variance ({TOO_FEW:g} at least, 450 and more to be sure)",
                 "Give more data; --method blend mixes few samples with what is stored; --force writes it all the same.",
-            )
-        few = sum(value < SCARCE for value in values.values())
-        if few:
-            yield (
-                f"too little data to be sure: {plural(few, 'layer')} saw fewer than {SCARCE} independent values "
-                f"({name}: {least:.3g}), so variances are uncertain by {math.sqrt(2 / max(least, 1)):.0%}; 1,000 "
-                "samples and more are usual"
             )
 
     # what changes
@@ -406,8 +397,8 @@ def worse(judgement: Judgement) -> str | None:
         return f"{judgement.broken_after:,} outputs are NaN or infinite with the new statistics"
     if accuracy is not None and accuracy.verdict is Verdict.WORSE:
         return (
-            f"significantly worse with the new statistics: accuracy {accuracy.before:.2%} -> {accuracy.after:.2%} "
-            f"(p {accuracy.p_value:.1g}, {accuracy.samples:,} samples)"
+            f"significantly worse with the new statistics (D605): accuracy {accuracy.before:.2%} -> "
+            f"{accuracy.after:.2%} (p {accuracy.p_value:.1g}, {accuracy.samples:,} samples)"
         )
     return None
 

@@ -63,6 +63,8 @@ class MeasuredReport:
     method: Method
     data: str
     """The data in words."""
+    options: str
+    """What a command about the same model and data must add, as the shell wants it."""
     samples: int
     batches: int
     stopped_early: bool

@@ -145,6 +145,5 @@ def _end(console: Console, report: DebiasReport | MeasuredReport) -> None:
     for line in end_lines(report):
         console.print(Text(printable(line), style="" if report.output else "bold"))
     if report.output is not None:
-        console.print(f"next: normdoctor inspect {printable(shlex.quote(report.output))}")
-        if isinstance(report, MeasuredReport):
-            console.print("  (with the same --data it says whether the drift is gone)")
+        options = f" {report.options}" if isinstance(report, MeasuredReport) else ""
+        console.print(f"next: normdoctor inspect {printable(shlex.quote(report.output) + options)}")

@@ -93,6 +93,7 @@ def _compared(layer: NormLayer, seen: Measured, mean: Vector, var: Vector, train
     mean_error, var_error = _standard_errors(seen, data_var)
     z_error, ratio_error = mean_error / np.sqrt(var + eps), var_error / (data_var + eps)
     noise = 0.5 * (np.square(z_error) + 0.5 * np.square(ratio_error))
+    sure = SURE * (1 + 4 / max(seen.samples, 1))  # as Student's t: an error from few samples is itself uncertain
     tested = _tested(layer, seen, data_mean - mean, data_var - var, train_batch)
     return Shift(
         channels=np.flatnonzero(alive),
@@ -101,8 +102,8 @@ def _compared(layer: NormLayer, seen: Measured, mean: Vector, var: Vector, train
         log_ratio=log_ratio[alive],
         divergence=divergence[alive],
         noise=np.where(np.isfinite(noise), noise, 0.0)[alive],
-        sure_z=np.where(z > SURE * z_error, z, 0.0)[alive],
-        sure_log_ratio=np.where(np.abs(log_ratio) > SURE * ratio_error, log_ratio, 0.0)[alive],
+        sure_z=np.where(z > sure * z_error, z, 0.0)[alive],
+        sure_log_ratio=np.where(np.abs(log_ratio) > sure * ratio_error, log_ratio, 0.0)[alive],
         tested=None if tested is None else tested[alive],
     )
 

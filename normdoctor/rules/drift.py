@@ -12,7 +12,7 @@ from normdoctor.layers import TRACKING_KINDS, NormLayer, median
 from normdoctor.measured import Drift, DriftVerdict
 from normdoctor.rules.divergence import Shift, shift_of
 from normdoctor.rules.guards import for_size, frozen
-from normdoctor.rules.verdict import VERDICT_LIMITS, effective_values, prepared_otherwise, quantile
+from normdoctor.rules.verdict import TOO_LITTLE, VERDICT_LIMITS, effective_values, prepared_otherwise, quantile
 from normdoctor.rules.wording import number, percent, plural, some_of
 
 STATISTICS = ("measured", "running_mean", "running_var")
@@ -134,7 +134,7 @@ def stat_divergence(layers: tuple[NormLayer, ...], context: Context) -> Iterator
 
     KL(data || buffers) of normal distributions takes mean and variance together, in nats. For the whole model the
     median over the channels of all layers decides, less what measuring on so few samples adds: healthy nets stay
-    below 0.0015, on data they have not seen as well. Stale (warning; error from 0.2 on) where besides more than 35 %
+    below 0.0015, on data they have not seen as well. Stale (warning; error from 0.2 on) where besides more than 20 %
     of the channels are further off than six standard errors of a healthy moving average; noisy (info) where not.
     A single layer is named where its worst twentieth of channels are above 0.05 (warning) or half of them above
     0.2 (error).
@@ -214,8 +214,10 @@ def _level(layer: NormLayer, shift: Shift, severity: Severity, context: Context)
     if allowed is None:
         return None, ""
     remarks = ""
+    if layer.measured is not None and layer.measured.samples < TOO_LITTLE:
+        allowed, remarks = Severity.INFO, f" Seen on {plural(layer.measured.samples, 'sample')} only."
     if frozen(layer):
-        allowed, remarks = allowed.lowered(), " The layer is frozen: by design?"
+        allowed, remarks = allowed.lowered(), remarks + " The layer is frozen: by design?"
     if prepared_otherwise(context.model.measurement) is not None:
         allowed, remarks = allowed.lowered(), remarks + " The data may be prepared otherwise than for training (D608)."
     return allowed, remarks
@@ -239,15 +241,16 @@ def _extent(layer: NormLayer, shift: Shift) -> dict[str, int | float | None]:
     why="The model answers otherwise in eval than it did in training.",
     fix=REPEAT,
     reference="https://github.com/pytorch/pytorch/issues/4741",
-    limits={"samples": 32, "flips": 0.02, "change": 0.1, "flips_error": 0.2, "change_error": 0.5},
+    # Healthy nets of benchmarks/drift.py: up to 3 % and 0.25.
+    limits={"samples": 32, "flips": 0.05, "change": 0.3, "flips_error": 0.2, "change_error": 0.5},
 )
 def train_eval_gap(layers: tuple[NormLayer, ...], context: Context) -> Iterator[Observation]:
     """The outputs with the stored statistics differ from those with the statistics of each batch.
 
     This is a consequence, and no proof: on images they have not seen healthy nets change up to 11 % of their
     answers, for the statistics of a batch are noisy themselves. So it is an info unless the statistics are stale
-    (D603). Then it is a warning where 2 % of the answers change or the outputs move by a tenth of their length, an
-    error from 20 % or a half on. Only said where a batch has at least 32 independent values a channel.
+    (D603). Then it is a warning where 5 % of the answers change or the outputs move by 30 % of their length, an error
+    from 20 % or a half on. Only said where a batch has at least 32 independent values a channel.
 
     Example: the same net, the same batch: loss 0.17 with the statistics of the batch, 0.94 with the stored ones.
     """

@@ -12,7 +12,7 @@ from normdoctor.measured import Drift, DriftVerdict, LayerDrift, Measurement, Pr
 from normdoctor.rules.divergence import Shift, shift_of
 from normdoctor.rules.guards import FEW
 
-VERDICT_LIMITS: Mapping[str, float] = {"model": 1.5e-3, "deviations": 6.0, "beyond": 0.35}
+VERDICT_LIMITS: Mapping[str, float] = {"model": 1.5e-3, "deviations": 6.0, "beyond": 0.2}
 """Median divergence in nats; standard errors, and the share of channels that are further off. benchmarks/drift.md"""
 
 PREPARED_LIMITS: Mapping[str, float] = {"given": 0.01, "better": 10.0, "explained": 0.05}
@@ -21,7 +21,7 @@ better, and how close to the buffers it must come."""
 
 WORST_SHOWN = 5
 TOO_LITTLE = 32
-"""Independent values for each channel below which nothing can be said."""
+"""Samples below which layers are not judged by themselves."""
 
 MEANINGS = {
     DriftVerdict.HEALTHY: "The stored statistics are those of this data.",

@@ -143,14 +143,16 @@ def test_a_layer_that_lies_in_two_shards(tmp_path: Path, read: Read) -> None:
     assert fill_in("look at {path}", checkpoint) == f"look at {index}"
 
 
-def test_recalibrate_names_the_shard(tmp_path: Path) -> None:
-    state = {f"bn.{name}": tensor for name, tensor in nn.BatchNorm2d(8).state_dict().items()}
+def test_recalibrate_writes_the_folder(tmp_path: Path) -> None:
+    state = {f"bn.{name}": tensor for name, tensor in norms(1).items()}
+    state = {name.replace("net.bn0.", ""): tensor for name, tensor in state.items()}
     write_shards(tmp_path / "net", [state, {"head.weight": torch.rand(3, 8)}])
-    for target in (tmp_path / "net", tmp_path / "net" / INDEX["safetensors"]):
-        with pytest.raises(RefusedError, match="several files") as caught:
-            recalibrate(target, method="debias", momentum=0.1, output=tmp_path / "out.safetensors")
-        assert "net/model-00001-of-00002.safetensors --method debias" in caught.value.hint
-    assert not (tmp_path / "out.safetensors").exists()
+    for place, target in enumerate((tmp_path / "net", tmp_path / "net" / INDEX["safetensors"])):
+        output = tmp_path / f"out{place}"
+        recalibrate(target, method="debias", momentum=0.001, output=output)
+        assert {path.name for path in output.iterdir()} == {path.name for path in (tmp_path / "net").iterdir()}
+        second = "model-00002-of-00002.safetensors"
+        assert (output / second).read_bytes() == (tmp_path / "net" / second).read_bytes()
 
 
 def norms(count: int = 3) -> dict[str, torch.Tensor]:
@@ -272,32 +274,23 @@ class TestRecalibrateShards:
         state = norms(2)
         del state["net.bn1.running_mean"]
         safetensors.torch.save_file(state, tmp_path / "m.safetensors")
-        (left,) = recalibrate(tmp_path / "m.safetensors", method="debias", momentum=0.001).untouched
+        result = recalibrate(tmp_path / "m.safetensors", method="debias", momentum=0.001).report
+        assert isinstance(result, DebiasReport)
+        (left,) = result.untouched
         assert (left.layer.name, left.reason) == ("net.bn1", "has a running_var, but no running_mean in this file")
 
-    def test_the_folder_is_to_be_joined_where_a_layer_is_cut(self, tmp_path: Path) -> None:
+    def test_a_folder_is_repaired_whole_where_a_layer_is_cut(self, tmp_path: Path) -> None:
         write_shards(tmp_path / "net", split(norms(), (8, 7)))
-        with pytest.raises(RefusedError, match="several files") as caught:
-            recalibrate(tmp_path / "net", method="debias", momentum=0.001)
-        hint = caught.value.hint
-        assert hint.startswith("net.bn1 lies in more than one file. First save the model in one file: save_pretrained(")
-        assert hint.endswith("writes model.safetensors; then: normdoctor recalibrate model.safetensors --method debias")
-        for layer, start in (("*.bn0", "Repair each shard by itself"), ("*.bn1", "First save the model")):
-            with pytest.raises(RefusedError) as caught:
-                recalibrate(tmp_path / "net", method="debias", momentum=0.001, layer=layer)
-            assert caught.value.hint.startswith(start)
+        result = recalibrate(tmp_path / "net", method="debias", momentum=0.001)
+        assert isinstance(result.report, DebiasReport)
+        assert [repair.layer.name for repair in result.report.repairs] == ["net.bn0", "net.bn1", "net.bn2"]
+        assert result.path == tmp_path / "net.recalibrated"
+        assert {path.name for path in result.path.iterdir()} == {path.name for path in (tmp_path / "net").iterdir()}
 
     def test_nothing_to_repair_in_a_folder(self, tmp_path: Path) -> None:
         write_shards(tmp_path / "net", by_shard(llama()))
         with pytest.raises(RefusedError, match="no layer has running statistics"):
             recalibrate(tmp_path / "net", method="debias", momentum=0.001)
-
-    def test_how_many_more_shards(self, tmp_path: Path) -> None:
-        for count, words in ((2, "(and 1 more shard)"), (3, "(and 2 more shards)")):
-            write_shards(tmp_path / f"{count}", split(norms(count), (5,) * count))
-            with pytest.raises(RefusedError) as caught:
-                recalibrate(tmp_path / f"{count}", method="debias", momentum=0.001)
-            assert caught.value.hint.endswith(words)
 
 
 def test_the_cache_of_huggingface_hub(tmp_path: Path, read: Read) -> None:
