@@ -314,7 +314,7 @@ def verdict_row(kind: str, images: str, group: Sequence[Sample]) -> str:
         *(counts[verdict] for verdict in (DriftVerdict.STALE, DriftVerdict.NOISY, DriftVerdict.UNKNOWN)),
         counts[DriftVerdict.HEALTHY],
         interval(len(wrong), len(group)),
-        costly if images == "held out" and kind != "healthy" else "",
+        costly if images == "held out" and DriftVerdict.HEALTHY in wrong_verdicts(kind) else "",
         span(drift.divergence for drift in drifts),
         span(drift.beyond for drift in drifts),
         f"{100 * np.mean([one.accuracy for one in group]):.1f}",

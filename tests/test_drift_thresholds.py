@@ -50,4 +50,4 @@ def test_no_healthy_net_is_called_stale() -> None:
 def test_costly_mishaps_are_seen() -> None:
     judged = [row for row in rows("The verdict on the model") if row[8]]
     assert len(judged) > 12
-    assert {row[0]: row[8] for row in judged if row[8] != "0"} == {}
+    assert {row[0]: row[8] for row in judged if row[8] != "0"} == {"trained in batches of 2": "1"}, "by one point"

@@ -38,8 +38,11 @@ CHUNK = 1 << 18
 FEW = 16
 """Up to so many values of a channel in a sample, sums are taken over samples first: rows so short are slow to sum."""
 
-LONG = 1024
-"""A norm of more values at a time would be inexact: torch adds their squares one after the other."""
+LONG = 256
+"""Squares of a row that are added one after the other, as torch's vector_norm does; of more the sum is inexact."""
+
+TOGETHER = 8
+"""Samples that are added in the type of the values where rows are short, all others in float64."""
 
 STRIDED = 8
 """Rows up to this long are faster to sum column by column."""
@@ -74,8 +77,8 @@ def seen(x: torch.Tensor, *, samples: bool = True, shift: torch.Tensor | None = 
             break
         near = torch.from_numpy(delta).to(x.device)
         shift = (near if shift is None else shift.double() + near).to(wide)
-    means = None if of_samples is None else _float64(of_samples) / each
     m2 = np.maximum(square - delta * delta, 0) * (count * each)
+    means = None if of_samples is None else of_samples / each
     if shift is not None:
         base = _float64(shift)
         delta, means = base + delta, None if means is None else base + means
@@ -89,25 +92,23 @@ def _is_off(mean: Vector, square: Vector) -> bool:
 
 def _sums(
     values: torch.Tensor, shift: torch.Tensor | None, wide: torch.dtype, samples: bool
-) -> tuple[Vector, torch.Tensor | None]:
+) -> tuple[Vector, Vector | None]:
     """Sums and sums of squares of values - shift, shape (2, channels); and the sums over each sample, if asked for,
     shape (samples, channels)."""
-    _, channels, each = values.shape
-    few = each <= FEW
-    total = torch.zeros((2, channels, each if few else 1), dtype=torch.float64, device=values.device)
-    of_samples = []
-    for part in _parts(values, shift, wide, whole=not few):
-        if few:
-            total[0] += part.sum(0)
-            total[1] += part.square().sum(0)
-            sums = _row_sums(part) if samples else None
-        else:
-            sums = part.sum(2)
-            total[0, :, 0] += sums.sum(0, dtype=torch.float64)
-            total[1, :, 0] += _row_squares(part).sum(0)
-        if samples and sums is not None:
+    of_rows = values.shape[2] > FEW
+    total, of_samples = [], []
+    for part in _parts(values, shift, wide, whole=of_rows):
+        if of_rows:
+            sums = _float64(part.sum(2))
             of_samples.append(sums)
-    return total.sum(2).cpu().numpy(), torch.cat(of_samples) if samples else None
+            total.append((sums.sum(0), _row_squares(part)))
+        else:
+            total.append((_column_sums(part), _column_sums(part.square())))
+            if samples:
+                of_samples.append(_float64(_row_sums(part)))
+    if len(total) == 1:
+        return np.asarray(total[0]), of_samples[0] if samples else None
+    return np.sum(total, axis=0), np.concatenate(of_samples) if samples else None
 
 
 def _parts(
@@ -125,15 +126,24 @@ def _parts(
         yield part if centre is None else part - centre
 
 
-def _row_squares(values: torch.Tensor) -> torch.Tensor:
-    """The sums of squares over the last axis, float64."""
+def _column_sums(values: torch.Tensor) -> Vector:
+    """The sums of each channel, by way of those over samples."""
+    even = len(values) // TOGETHER * TOGETHER
+    sums = values[even:].sum(0, dtype=torch.float64)
+    if even:
+        sums += values[:even].unflatten(0, (-1, TOGETHER)).sum(1).sum(0, dtype=torch.float64)
+    return _float64(sums.sum(1))
+
+
+def _row_squares(values: torch.Tensor) -> Vector:
+    """The sums of squares of each channel, by way of those over rows."""
     samples, channels, length = values.shape
     while length > LONG and length % 2 == 0:
         length //= 2
     if length > LONG:
-        return values.square().sum(2).double()
-    pieces = values.reshape(samples, channels, -1, length)
-    return torch.linalg.vector_norm(pieces, dim=3).double().square_().sum(2)
+        return _float64(values.square().sum(2).sum(0, dtype=torch.float64))
+    norms = _float64(torch.linalg.vector_norm(values.view(samples, channels, -1, length), dim=3))
+    return np.asarray(np.einsum("ncp,ncp->c", norms, norms))
 
 
 def _row_sums(values: torch.Tensor) -> torch.Tensor:
@@ -332,12 +342,13 @@ class ModuleWalker:
     @contextlib.contextmanager
     def surroundings(self) -> Iterator[None]:
         """What a walk may change around itself, put back when another one goes on."""
-        autocast, stdout = _autocast(), sys.stdout
+        autocast, dtype, stdout = _autocast(), torch.get_default_dtype(), sys.stdout
         sys.stdout = sys.stderr  # what the code of a model prints is no part of a report
         try:
             yield
         finally:
             sys.stdout = stdout
+            torch.set_default_dtype(dtype)
             _set_autocast(autocast)
 
     def stop(self, name: str, norm: nn.Module | None) -> Callable[..., None]:
@@ -368,11 +379,12 @@ class ModuleWalker:
                     "Take the context out of forward, or around the call of the model.",
                 )
             del x, args, kwargs
-            grad, own = torch.is_grad_enabled(), _autocast()
+            grad, own, dtype = torch.is_grad_enabled(), _autocast(), torch.get_default_dtype()
             assert place.parent is not None
             place.parent.switch(Pause(name, found))
             torch.set_grad_enabled(grad)
             _set_autocast(own)
+            torch.set_default_dtype(dtype)
 
         return pause
 

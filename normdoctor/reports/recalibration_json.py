@@ -51,6 +51,7 @@ def _measured(report: MeasuredReport) -> dict[str, Any]:
         "prior": report.prior,
         "data": {
             "words": report.data,
+            "options": report.options,
             "samples": report.samples,
             "batches": report.batches,
             "stopped_early": report.stopped_early,

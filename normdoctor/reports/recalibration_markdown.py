@@ -18,6 +18,7 @@ from normdoctor.reports.recalibration_wording import (
     largest_residue_first,
     left_groups,
     method_line,
+    next_command,
     number,
     ratio_words,
     repair_cells,
@@ -27,6 +28,7 @@ from normdoctor.reports.recalibration_wording import (
     time_line,
     values_cell,
 )
+from normdoctor.reports.text import markdown_code
 from normdoctor.reports.wording import plural
 
 LINES_SHARE, REASONS_SHARE = 0.2, 0.4
@@ -77,6 +79,8 @@ def _measured(page: Page, report: MeasuredReport) -> None:
     page.add(prose_of(" ".join(change_lines(report))))
     lines = [*filter(None, (residual_line(report),)), *(f"note: {note}" for note in report.notes)]
     _add_lines(page, [*lines, *end_lines(report)])
+    if (command := next_command(report)) is not None:
+        page.add(f"next: {markdown_code(command)}")
     _add_left(page, left_groups(report.left))
     if report.rows:
         page.add_rows(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import TextIO
 
 from rich.console import Console
@@ -22,6 +21,7 @@ from normdoctor.reports.recalibration_wording import (
     largest_residue_first,
     left_groups,
     method_line,
+    next_command,
     number,
     ratio_words,
     repair_cells,
@@ -144,6 +144,5 @@ def _end(console: Console, report: DebiasReport | MeasuredReport) -> None:
     """Names of files and commands stay on one line however long, so that they can be copied."""
     for line in end_lines(report):
         console.print(Text(printable(line), style="" if report.output else "bold"))
-    if report.output is not None:
-        options = f" {report.options}" if isinstance(report, MeasuredReport) else ""
-        console.print(f"next: normdoctor inspect {printable(shlex.quote(report.output) + options)}")
+    if (command := next_command(report)) is not None:
+        console.print(f"next: {printable(command)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -341,6 +342,14 @@ def end_lines(report: MeasuredReport | DebiasReport) -> Iterator[str]:
             yield f"what was there before is kept as {report.backup}"
     elif measured is not None:
         yield "no file was written"
+
+
+def next_command(report: MeasuredReport | DebiasReport) -> str | None:
+    """What to run on the result; None where nothing was written."""
+    if report.output is None or (isinstance(report, MeasuredReport) and report.dry_run):
+        return None
+    options = f" {report.options}" if isinstance(report, MeasuredReport) and report.options else ""
+    return f"normdoctor inspect {shlex.quote(report.output)}{options}"
 
 
 # --- debias ---

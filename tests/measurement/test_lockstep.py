@@ -153,7 +153,7 @@ def definition(net: nn.Module, data: torch.Tensor, *, double: bool, size: int = 
     for name in order_of(net, data):
         inputs: list[torch.Tensor] = []
         norm = norms_of(net)[name]
-        handle = norm.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0].double()))
+        handle = norm.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0].detach().double()))
         with torch.no_grad():
             for part in data.split(size):
                 net(part)
@@ -442,8 +442,8 @@ class Ending(nn.Module):
         self.a, self.b = nn.BatchNorm1d(5), nn.BatchNorm1d(5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.a(x)
-        return x if x.mean() > 0 else self.b(x)
+        y = self.a(x)
+        return y if x.mean() > 0 else self.b(y)
 
 
 def two_kinds() -> torch.Tensor:
@@ -459,7 +459,8 @@ def test_ways_that_depend_on_the_data(net: type[nn.Module], words: str) -> None:
     assert "one-pass" in caught.value.hint
     with opened(module) as found:
         tallies = one_pass(found.walker, batches(two_kinds(), 4))
-    assert {name: tally.samples for name, tally in tallies.of.items()} in ({"a": 4, "b": 4}, {"a": 8, "b": 4}, {"a": 8})
+    counts = {name: tally.samples for name, tally in tallies.of.items()}
+    assert counts == ({"a": 4, "b": 4} if net is Branching else {"a": 8, "b": 4})
 
 
 class Twice(nn.Module):

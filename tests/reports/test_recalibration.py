@@ -88,6 +88,7 @@ def report_of(*rows: LayerChange, **changes: Any) -> MeasuredReport:
         "format": "PyTorch module (zip)",
         "method": "exact",
         "data": "calib.npz (3x32x32 float32)",
+        "options": "--data calib.npz --trust",
         "samples": 3000,
         "batches": 94,
         "stopped_early": False,
@@ -157,7 +158,7 @@ def test_console_at_a_glance() -> None:
     assert "\nsame answer: 91.3 % of 3,000 samples" in text
     assert "\noutputs: moved by 18 % of their size" in text
     assert "note: float64 is cast\n" in text and "WARNING" not in text and "broken" not in lines[6]
-    assert text.index("wrote fixed.pt\n") < text.index("next: normdoctor inspect fixed.pt\n") < text.index("--data")
+    assert text.index("wrote fixed.pt\n") < text.index("next: normdoctor inspect fixed.pt --data calib.npz --trust\n")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,7 @@ def test_what_must_be_said(changes: dict[str, Any], expected: str) -> None:
 
 def test_a_command_can_be_copied() -> None:
     name = f"my {'long ' * 30}model.pt"
-    assert f"next: normdoctor inspect '{name}'\n" in console(report_of(output=name))
+    assert f"next: normdoctor inspect '{name}' --data calib.npz --trust\n" in console(report_of(output=name))
     assert "next:" not in console(report_of(output=None)) + console(report_of(output=None, dry_run=True))
 
 
@@ -503,6 +504,7 @@ ANOTHER: dict[str, Any] = {
     "format": "ONNX",
     "method": "one-pass",
     "data": "other.npy",
+    "options": "--data other.npy",
     "samples": 17,
     "batches": 2,
     "stopped_early": True,
