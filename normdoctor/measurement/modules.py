@@ -10,6 +10,8 @@ import numpy as np
 
 from normdoctor.layers import TRACKING_KINDS, NormKind, NormLayer, as_vector
 from normdoctor.readers import open_checkpoint
+from normdoctor.readers.live_module import LiveModule
+from normdoctor.readers.norm_classes import kind_of_class
 
 BUFFERS = ("running_mean", "running_var")
 
@@ -60,6 +62,8 @@ def _why_not(own: NormLayer, root: Any) -> str | None:
         return f"{compiled[0] or 'the model'} is compiled code inside a module of Python"
     if any(module._buffers.get(name) is None for name in BUFFERS):
         return "keeps no statistics: it uses those of the batch at hand, also in eval mode"
+    if kind_of_class(LiveModule(module).class_names) not in TRACKING_KINDS:
+        return f"nothing says that a {type(module).__name__} normalises what it is given, and not something inside"
     if own.kind is NormKind.INSTANCE:
         return "InstanceNorm trains on the statistics of each sample; none of all samples make eval the same function"
     return None

@@ -202,7 +202,7 @@ class Together:
         gone = self._gone(0.0)
         self.speaks = all(rank in gone for rank in range(self.rank))
         why = f"{_named(gone)} gone" if gone else "torchrun does this where another process fails"
-        raise NormDoctorError(f"stopped from outside (SIGTERM): {why}", START_AGAIN)
+        raise NormDoctorError(f"stopped from outside (SIGTERM): {why}: nothing was written", START_AGAIN)
 
     def close(self, *, failed: bool = False) -> None:
         """Leave the others. May be called twice. failed: this process is about to say what is wrong, and end; that

@@ -155,7 +155,6 @@ def recalibrate(
             report = replace(made[0], backup=str(backup))
         else:
             report = work(target, processes)
-        processes.barrier()  # what fails in the one that writes fails in all
         speaks = processes.speaks
     if target is not None:
         report = replace(report, output=str(target))

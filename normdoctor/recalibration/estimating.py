@@ -288,6 +288,7 @@ class _Job:
         mark = f"{self.order.method} {report.samples} samples"
         if target is None:
             report = self._judged(report, new, self.opened.walker, both=True)
+            self.processes.barrier()
             if not self.order.dry_run and self.checkpoint.container is Container.MEMORY:
                 write_changes(self.checkpoint, changes, None, mark)
             return report
@@ -297,6 +298,7 @@ class _Job:
             if self.order.verify:
                 with open_checkpoint(first) as written, open_walker(first, written, self.asked.run) as after:
                     report = self._judged(report, new, after.walker, both=False)
+            self.processes.barrier()  # nothing gets its name where another process is gone
             alone = first.is_file() and len(list(folder.iterdir())) == 1
             if alone:
                 from normdoctor.writing import replacing

@@ -122,7 +122,7 @@ def test_broken_values_are_no_obstacle() -> None:
 
 
 class Functional(nn.Module):
-    """Keeps the buffers itself, and calls the function."""
+    """Keeps the buffers itself, and calls the function on something that no hook sees."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Functional(nn.Module):
             self.register_buffer(name, torch.ones(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias))
+        return self.norm(nn.functional.batch_norm(5 * x, self.running_mean, self.running_var, self.weight, self.bias))
 
 
 def test_what_is_left_and_why() -> None:
@@ -146,7 +146,13 @@ def test_what_is_left_and_why() -> None:
     )).eval()  # fmt: skip
     found = find_norms(net, layers(net))
     assert set(found.norms) == {"bn", "function.norm", "frozen"}
-    reasons = {"batch": "keeps no statistics", "instance": "InstanceNorm trains", "script": "compiled code"}
+    assert "function.norm" not in found.left
+    reasons = {
+        "batch": "keeps no statistics",
+        "instance": "InstanceNorm trains",
+        "script": "compiled code",
+        "function": "Functional",
+    }
     for name, words in reasons.items():
         (why,) = (why for layer, why in found.left.items() if layer.startswith(name))
         assert words in why
@@ -157,6 +163,7 @@ def test_a_functional_norm_is_left_and_not_measured_as_something_else() -> None:
     with torch.no_grad():
         result = nd.recalibrate(net, torch.randn(64, 3, 8, 8) + 3)
     assert [row.layer for row in result.report.rows] == ["function.norm"]
+    assert set(result.report.left) == {"function"}
     assert torch.equal(net.function.running_mean, torch.ones(3))
 
 
