@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from normdoctor.folding.records import Folding, FoldReport
     from normdoctor.inspection import inspect, survey
     from normdoctor.layers import ArrayRef, Checkpoint, Model, NormKind, NormLayer
+    from normdoctor.measured import Drift, DriftVerdict, LayerDrift
     from normdoctor.readers import open_checkpoint
     from normdoctor.readers.folders import Discovery, find_checkpoints
     from normdoctor.recalibration import Recalibration, recalibrate
@@ -60,6 +61,9 @@ _HOMES = {
     "Model": "layers",
     "NormKind": "layers",
     "NormLayer": "layers",
+    "Drift": "measured",
+    "DriftVerdict": "measured",
+    "LayerDrift": "measured",
     "open_checkpoint": "readers",
     "Discovery": "readers.folders",
     "find_checkpoints": "readers.folders",
@@ -74,11 +78,14 @@ __all__ = [
     "CannotRunError",
     "Checkpoint",
     "Discovery",
+    "Drift",
+    "DriftVerdict",
     "Failure",
     "Finding",
     "FoldReport",
     "Folding",
     "InputError",
+    "LayerDrift",
     "LayerIgnore",
     "MissingDependencyError",
     "Model",

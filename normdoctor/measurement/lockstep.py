@@ -149,13 +149,14 @@ def exact(
         walks = [
             stack.enter_context(closing(walker.start(batch, Look(samples=_among_first(batch))))) for batch in batches
         ]
+        under_way = list(zip(batches, walks, strict=True))
         while True:
-            stops = [walk.advance() for walk in walks]
-            found = [
-                (None if stop is None else stop.norm, stop and Part.of(batch.index, batch.size, stop.seen))
-                for batch, stop in zip(batches, stops, strict=True)
-            ]
-            del stops
+            found: list[tuple[str | None, Part | None]] = []
+            for batch, walk in under_way:
+                stop = walk.advance()
+                part = None if stop is None else Part.of(batch.index, batch.size, stop.seen)
+                found.append((None if stop is None else stop.norm, part))
+            under_way.reverse()  # what the last one holds is still in the processor's cache
             everywhere = [one for others in processes.gather(found) for one in others]
             everywhere.sort(key=lambda one: -1 if one[1] is None else one[1].index)
             names = {norm for norm, _ in everywhere}

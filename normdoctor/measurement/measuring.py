@@ -21,17 +21,13 @@ from normdoctor.measurement.opening import Opened
 from normdoctor.measurement.scores import Arrays, changed, disagreeing, hits, scores_of
 from normdoctor.measurement.walks import Look, Walker
 from normdoctor.moments import Moments, divergence
+from normdoctor.rules.verdict import PREPARED_LIMITS
 
 COMPARED = 8
 """Batches that are run once more with the statistics of the batch."""
 
 GLANCED_AT = 4
 """Batches of which the first norm is looked at in other preprocessing."""
-
-ODD_SHIFT = 1.0
-ODD_RATIO = 10.0
-"""Where the first norm's median channel is off by more, in standard deviations or as a ratio of variances, other
-preprocessing is tried (D608)."""
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation per colour that most image models are trained with."""
@@ -194,7 +190,7 @@ def _preprocessing(opened: Opened, tallies: Tallies, batches: Sequence[Batch]) -
     """What the first norm would see of data prepared otherwise; nothing where it sees what it expects."""
     name = next((name for name in tallies.of if name in opened.walker.norms), None)
     layer = next((layer for layer in opened.layers if layer.name == name), None)
-    if name is None or layer is None or not _is_odd(tallies.of[name].total(), layer):
+    if name is None or layer is None or not _typical(tallies.of[name].total(), layer) > PREPARED_LIMITS["given"]:
         return ()
     found = []
     for words, change in (("as given", lambda value: value), *_alternatives(batches)):
@@ -209,20 +205,13 @@ def _preprocessing(opened: Opened, tallies: Tallies, batches: Sequence[Batch]) -
     return tuple(found)
 
 
-def _is_odd(moments: Moments, layer: NormLayer) -> bool:
-    mean, var, live = layer.numbers.mean, layer.numbers.var, layer.numbers.live
-    if mean is None or var is None or not live.any():
-        return False
-    shift = median(np.abs(moments.mean - mean)[live] / np.sqrt(var[live]))
-    ratio = median(moments.variance()[live] / var[live])
-    return not (shift <= ODD_SHIFT and 1 / ODD_RATIO <= ratio <= ODD_RATIO)
-
-
 def _typical(moments: Moments, layer: NormLayer) -> float:
     """The median over live channels of the divergence, in nats."""
     mean, var, live = layer.numbers.mean, layer.numbers.var, layer.numbers.live
-    assert mean is not None and var is not None
-    return median(divergence(moments, mean, var)[live])
+    if mean is None or var is None:
+        return 0.0
+    known = divergence(moments, mean, var)[live]
+    return median(known[np.isfinite(known)])
 
 
 def _alternatives(batches: Sequence[Batch]) -> Iterator[tuple[str, Callable[[Any], Any]]]:

@@ -128,7 +128,7 @@ def _column_sums(values: torch.Tensor) -> Vector:
     even = len(values) // TOGETHER * TOGETHER
     sums = values[even:].sum(0, dtype=torch.float64)
     if even:
-        sums += values[:even].unflatten(0, (-1, TOGETHER)).sum(1).sum(0, dtype=torch.float64)
+        sums += values[:even].view(-1, TOGETHER, *values.shape[1:]).sum(1).sum(0, dtype=torch.float64)
     return _float64(sums.sum(1))
 
 
@@ -157,7 +157,7 @@ def _float64(tensor: torch.Tensor) -> Vector:
 
 def active(x: torch.Tensor, norm: nn.Module) -> Vector:
     """Share of values above 0 behind the norm in eval mode, shape (channels,)."""
-    y = norm.forward(x) if isinstance(norm, nn.modules.batchnorm._BatchNorm) else norm(x)
+    y = norm.forward(x)  # not norm(x), which would stop here again
     return _float64((y > 0).transpose(0, 1).reshape(x.shape[1], -1).float().mean(1))
 
 

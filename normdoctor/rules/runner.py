@@ -35,12 +35,16 @@ from normdoctor.layers import (
     VECTORS,
     Checkpoint,
     Container,
+    Danger,
     Model,
     NormLayer,
 )
 from normdoctor.measured import Drift
 from normdoctor.rules.drift import stat_divergence
 from normdoctor.rules.verdict import drift_of
+
+PROGRAMS = ("torch.jit.load", "torch.export.load")
+"""`Checkpoint.loader` of files that hold all that it takes to run."""
 
 DEFAULTS = {"eps": DEFAULT_EPS, "momentum": DEFAULT_MOMENTUM}
 
@@ -344,4 +348,12 @@ def fill_in(fix: str, checkpoint: Checkpoint, momentum: str = "", layer: NormLay
         fix = fix.replace(placeholder, shlex.quote(word))
     seen = next((model.measurement for model in checkpoint.models if model.measurement is not None), None)
     data = "" if seen is None else seen.options
-    return fix.replace("{momentum}", momentum).replace("{data}", f" {data or '--data DATA'}")
+    return fix.replace("{momentum}", momentum).replace("{data}", f" {data or f'{_how_it_runs(checkpoint)}--data DATA'}")
+
+
+def _how_it_runs(checkpoint: Checkpoint) -> str:
+    """The options without which a model of this kind cannot be run, and a blank."""
+    if checkpoint.container is Container.ONNX or checkpoint.loader in PROGRAMS:
+        return ""
+    has_classes = any(call.danger is Danger.MODULE_CLASS for call in checkpoint.load_calls)
+    return "--trust " if has_classes else "--arch PKG.MODULE:NAME "

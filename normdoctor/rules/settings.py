@@ -135,7 +135,7 @@ def momentum_out_of_range(layer: NormLayer, context: Context) -> Iterator[Observ
     assumes=False,
     scope=Scope.MODEL,
     why="What the first, barely trained weights produced counts as much as what the last ones did.",
-    fix=f"{REESTIMATE}; before training on, set momentum to 0.1",
+    fix=f"before training on, set momentum to 0.1; {REESTIMATE}",
     reference="https://pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html",
 )
 def cumulative_average(layers: tuple[NormLayer, ...], context: Context) -> Iterator[Observation]:

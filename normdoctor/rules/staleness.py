@@ -109,7 +109,7 @@ def _why_unmoved(layer: NormLayer) -> str:
     kinds=TRACKING_KINDS,
     needs=("running_mean", "running_var"),
     why="A moving average kept in 16 bits stops moving once a step is smaller than its last digit.",
-    fix=f"if the model was only cast to 16 bits and back, nothing; otherwise {REESTIMATE} in float32",
+    fix=f"if the model was only cast to 16 bits and back, nothing; otherwise, in float32, {REESTIMATE}",
     reference="https://arxiv.org/abs/1710.03740",
     limits={"channels": 16, "distinct": 8},
 )

@@ -22,7 +22,7 @@ from normdoctor.rules.wording import REESTIMATE, both, number, plural, some_of, 
     kinds=TRACKING_KINDS,
     needs=("running_mean", "running_var"),
     why="Every eval output of these channels is NaN or constant, although training looks normal.",
-    fix=f"no data-free repair exists: {REESTIMATE}; never fold such a layer",
+    fix=f"no data-free repair exists, and never fold such a layer: {REESTIMATE}",
     reference="https://github.com/pytorch/pytorch/issues/90342",
 )
 def nonfinite_stats(layer: NormLayer, context: Context) -> Iterator[Observation]:
@@ -48,7 +48,7 @@ def nonfinite_stats(layer: NormLayer, context: Context) -> Iterator[Observation]
     kinds=TRACKING_KINDS,
     needs=("running_var",),
     why="A variance cannot be negative: eval divides by NaN, or by less than the real spread.",
-    fix=f"{REESTIMATE}; clamping to 0 only hides it",
+    fix=f"clamping to 0 only hides it; {REESTIMATE}",
     reference="https://github.com/shicai/MobileNet-Caffe/issues/87",
     limits={"near_eps": 0.01},
 )

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-REESTIMATE = (
-    "re-estimate the buffers on 50 or more shuffled batches of training data "
-    "(torch.optim.swa_utils.update_bn(loader, model)) and save again"
-)
-"""The step that most rules about running statistics end with. Fewer batches would look like residue (S104)."""
+from normdoctor.findings import MEASURE_ANEW
+
+REESTIMATE = f"take training data, then: {MEASURE_ANEW}"
+"""The step that most rules about running statistics end with."""
 
 SHOWN = 5
 
