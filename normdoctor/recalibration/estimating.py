@@ -17,16 +17,19 @@ from normdoctor.data import Batch
 from normdoctor.data.dataset import Dataset, Part
 from normdoctor.data.opening import open_data
 from normdoctor.errors import InputError, RefusedError, UsageError, VerificationError
+from normdoctor.findings import Finding
 from normdoctor.layers import (
     DEFAULT_EPS,
     DEFAULT_MOMENTUM,
     TRACKING_KINDS,
     Checkpoint,
     Container,
+    Model,
     NormLayer,
     Vector,
     median,
 )
+from normdoctor.measured import Measured, Measurement, Recalibrated
 from normdoctor.measurement.calibration import Calibration
 from normdoctor.measurement.lockstep import Tallies, as_stored, exact, one_pass, stored_variance
 from normdoctor.measurement.measuring import count_batches, whole_batches
@@ -44,7 +47,8 @@ from normdoctor.recalibration.judging import Judge, Judgement, Verdict, merged_j
 from normdoctor.recalibration.records import LayerChange, MeasuredReport, Method
 from normdoctor.recalibration.write_back import Change, check_unshared
 from normdoctor.recalibration.writing_back import write_changes
-from normdoctor.rules.calibration_data import too_little_data
+from normdoctor.rules.calibration_data import recalibration_hurts, too_little_data
+from normdoctor.rules.runner import examine
 from normdoctor.rules.wording import plural
 from normdoctor.writing import folder_beside
 
@@ -337,7 +341,7 @@ class _Job:
         judgement = merged_judge(self.processes.gather(judge)).result()
         inputs = self._inputs(tallies)
         rows = tuple(self._with_residual(row, inputs.get(row.layer), new[row.layer]) for row in report.rows)
-        report = replace(report, rows=rows, judgement=judgement)
+        report = replace(report, rows=rows, judgement=judgement, findings=self._findings(report, judgement))
         problem = None if self.order.force else worse(judgement)
         if problem is not None:
             raise VerificationError(
@@ -347,6 +351,27 @@ class _Job:
                 report,
             )
         return report
+
+    def _findings(self, report: MeasuredReport, judgement: Judgement) -> tuple[Finding, ...]:
+        """Whether the model is worse with the new statistics, by the rule that says so."""
+        accuracy, entropy = judgement.accuracy, judgement.entropy
+        measurement = Measurement(
+            data=report.data,
+            samples=judgement.samples,
+            batches=report.batches,
+            order=tuple(row.layer for row in report.rows),
+            accuracy=None if accuracy is None else accuracy.before,
+            recalibrated=Recalibrated(
+                accuracy=None if accuracy is None else accuracy.after,
+                p_value=None if accuracy is None else accuracy.p_value,
+                entropy_before=None if entropy is None else entropy.before,
+                entropy=None if entropy is None else entropy.after,
+            ),
+        )
+        first = self.wanted[report.rows[0].layer]
+        seen = Measured(moments=Moments.none(first.channels), samples=report.samples, batches=report.batches)
+        model = Model(key=None, layers=(replace(first, measured=seen),), measurement=measurement)
+        return examine(replace(self.checkpoint, models=(model,)), [recalibration_hurts]).findings
 
     def _inputs(self, tallies: Tallies) -> dict[str, Moments]:
         """What each norm has seen in all processes."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from normdoctor.findings import Finding
 from normdoctor.recalibration.debias import Repair, Untouched
 from normdoctor.recalibration.judging import Judgement
 
@@ -77,6 +78,8 @@ class MeasuredReport:
     """Norms with statistics that stay as they are → why."""
     judgement: Judgement | None = None
     """The outputs before and after; None: not judged (--no-verify)."""
+    findings: tuple[Finding, ...] = ()
+    """What rules say of the result (D605)."""
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     """Of measuring, without judging and writing."""

@@ -61,6 +61,17 @@ def _measured(report: MeasuredReport) -> dict[str, Any]:
         "left": [{"layer": name, "reason": reason} for name, reason in report.left.items()],
         "summary": _summary(report),
         "judgement": None if report.judgement is None else _judgement(report.judgement),
+        "findings": [
+            {
+                "code": finding.code,
+                "name": finding.name,
+                "severity": str(finding.severity),
+                "message": finding.message,
+                "evidence": dict(finding.evidence),
+                "fix": finding.fix,
+            }
+            for finding in report.findings
+        ],
     }
 
 

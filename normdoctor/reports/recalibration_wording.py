@@ -261,6 +261,8 @@ def judgement_lines(report: MeasuredReport) -> Iterator[tuple[str, str]]:
             "NaN or Inf",
             (f"{plural(judgement.broken_before, 'value')} of the outputs before, {judgement.broken_after:,} after"),
         )
+    for finding in report.findings:
+        yield f"{finding.severity} {finding.code}", f"{finding.message} Fix: {finding.fix}"
 
 
 def accuracy_words(accuracy: Accuracy) -> str:

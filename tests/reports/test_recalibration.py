@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
+from normdoctor.findings import Finding, Severity
 from normdoctor.layers import NormLayer
 from normdoctor.recalibration.debias import Repair, Untouched
 from normdoctor.recalibration.judging import Accuracy, Entropy, Judgement
@@ -23,6 +24,7 @@ from normdoctor.reports import recalibration_json, recalibration_markdown, write
 from normdoctor.reports.recalibration_extent import Extent, extent_of, worst_first
 from normdoctor.reports.recalibration_wording import left_groups, scarcity
 from normdoctor.reports.text import printable
+from normdoctor.rules.calibration_data import recalibration_hurts
 
 from .conftest import HOSTILE
 
@@ -31,7 +33,7 @@ OWN_HTML = re.compile(r"</?details>|</?summary>|</?code>")
 BOTH = {
     "schema_version", "source", "method", "layers", "left", "summary", "notes", "dry_run", "output", "backup",
 }  # fmt: skip
-MEASURED = BOTH | {"format", "prior", "data", "judgement"}
+MEASURED = BOTH | {"format", "prior", "data", "judgement", "findings"}
 DEBIAS = BOTH | {"recognisable"}
 SUMMARY = {
     "layers", "left", "broken_channels", "changed", "changed_layers", "median_shift", "median_ratio", "furthest_layer",
@@ -499,6 +501,19 @@ class TestJson:
         assert summary["changed"] == "nothing" and summary["furthest_layer"] is summary["median_shift"] is None
 
 
+HURTS = Finding(
+    rule=recalibration_hurts,
+    severity=Severity.WARNING,
+    confidence=recalibration_hurts.confidence,
+    evidence_level=recalibration_hurts.evidence_level,
+    layer=None,
+    channels=(),
+    message="It is worse.",
+    evidence={"before": 0.9},
+    assumed={},
+    fix="use other data",
+)
+
 ANOTHER: dict[str, Any] = {
     "source": "other.pt",
     "format": "ONNX",
@@ -512,6 +527,7 @@ ANOTHER: dict[str, Any] = {
     "rows": (row("other"),),
     "left": {"other": "never reached"},
     "judgement": None,
+    "findings": (HURTS,),
     "notes": ("another",),
     "seconds": 99.0,
     "dry_run": True,
