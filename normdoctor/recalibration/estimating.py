@@ -13,42 +13,37 @@ from typing import Any
 
 import numpy as np
 
-from normdoctor.data import Batch
 from normdoctor.data.dataset import Dataset, Part
 from normdoctor.data.opening import open_data
 from normdoctor.errors import InputError, RefusedError, UsageError, VerificationError
-from normdoctor.findings import Finding
 from normdoctor.layers import (
     DEFAULT_EPS,
     DEFAULT_MOMENTUM,
     TRACKING_KINDS,
     Checkpoint,
     Container,
-    Model,
     NormLayer,
     Vector,
     median,
 )
-from normdoctor.measured import Measured, Measurement, Recalibrated
 from normdoctor.measurement.calibration import Calibration
-from normdoctor.measurement.lockstep import Tallies, as_stored, exact, one_pass, stored_variance
+from normdoctor.measurement.lockstep import Tallies, exact, one_pass, stored_variance
 from normdoctor.measurement.measuring import count_batches, whole_batches
 from normdoctor.measurement.memory import held_batches
 from normdoctor.measurement.opening import Opened, open_walker
 from normdoctor.measurement.processes import ALONE, Processes
 from normdoctor.measurement.tally import Tally
-from normdoctor.measurement.walks import Look, Walker
+from normdoctor.measurement.walks import Walker
 from normdoctor.moments import Moments
 from normdoctor.readers import open_checkpoint
+from normdoctor.recalibration.comparing import compare, said_of, worse
 from normdoctor.recalibration.debias import NEGLIGIBLE
 from normdoctor.recalibration.debiasing import refuse_what_is_folded
 from normdoctor.recalibration.fitting import blend, residual
-from normdoctor.recalibration.judging import Judge, Judgement, Verdict, merged_judge
 from normdoctor.recalibration.records import LayerChange, MeasuredReport, Method
 from normdoctor.recalibration.write_back import Change, check_unshared
 from normdoctor.recalibration.writing_back import write_changes
-from normdoctor.rules.calibration_data import recalibration_hurts, too_little_data
-from normdoctor.rules.runner import examine
+from normdoctor.rules.calibration_data import too_little_data
 from normdoctor.rules.wording import plural
 from normdoctor.writing import folder_beside
 
@@ -322,26 +317,19 @@ class _Job:
         where labels say that it is significantly worse, or outputs that were finite are not any more."""
         if not self.order.verify:
             return report
-        before, judge, tallies = self.opened.walker, Judge(), Tallies()
-        total = count_batches(self.data, self.opened.fixed_batch or self.asked.data.batch_size)
-        try:
-            for count, batch in enumerate(whole_batches(self.data, self.opened.fixed_batch, self._part), 1):
-                outputs = _outputs(before, batch)
-                if both:
-                    for name, (mean, var) in new.items():
-                        after.put(name, mean, var)
-                judge.add(outputs, _outputs(after, batch, tallies), batch.labels)
-                if both:
-                    after.restore()
-                self.asked.progress(count, total, "comparing")
-                if report.stopped_early and count >= report.batches:
-                    break
-        finally:
-            before.restore()
-        judgement = merged_judge(self.processes.gather(judge)).result()
-        inputs = self._inputs(tallies)
+        judgement, inputs = compare(
+            self.opened.walker,
+            after,
+            new if both else {},
+            whole_batches(self.data, self.opened.fixed_batch, self._part),
+            most=report.batches if report.stopped_early else None,
+            total=count_batches(self.data, self.opened.fixed_batch or self.asked.data.batch_size),
+            progress=self.asked.progress,
+            processes=self.processes,
+        )
         rows = tuple(self._with_residual(row, inputs.get(row.layer), new[row.layer]) for row in report.rows)
-        report = replace(report, rows=rows, judgement=judgement, findings=self._findings(report, judgement))
+        report = replace(report, rows=rows, judgement=judgement)
+        report = replace(report, findings=said_of(report, judgement, self.checkpoint, self.wanted[rows[0].layer]))
         problem = None if self.order.force else worse(judgement)
         if problem is not None:
             raise VerificationError(
@@ -351,35 +339,6 @@ class _Job:
                 report,
             )
         return report
-
-    def _findings(self, report: MeasuredReport, judgement: Judgement) -> tuple[Finding, ...]:
-        """Whether the model is worse with the new statistics, by the rule that says so."""
-        accuracy, entropy = judgement.accuracy, judgement.entropy
-        measurement = Measurement(
-            data=report.data,
-            samples=judgement.samples,
-            batches=report.batches,
-            order=tuple(row.layer for row in report.rows),
-            accuracy=None if accuracy is None else accuracy.before,
-            recalibrated=Recalibrated(
-                accuracy=None if accuracy is None else accuracy.after,
-                p_value=None if accuracy is None else accuracy.p_value,
-                entropy_before=None if entropy is None else entropy.before,
-                entropy=None if entropy is None else entropy.after,
-            ),
-        )
-        first = self.wanted[report.rows[0].layer]
-        seen = Measured(moments=Moments.none(first.channels), samples=report.samples, batches=report.batches)
-        model = Model(key=None, layers=(replace(first, measured=seen),), measurement=measurement)
-        return examine(replace(self.checkpoint, models=(model,)), [recalibration_hurts]).findings
-
-    def _inputs(self, tallies: Tallies) -> dict[str, Moments]:
-        """What each norm has seen in all processes."""
-        found: dict[str, Moments] = {}
-        for others in self.processes.gather({name: tally.total() for name, tally in tallies.of.items()}):
-            for name, moments in others.items():
-                found[name] = found[name] + moments if name in found else moments
-        return found
 
     def _with_residual(self, row: LayerChange, inputs: Moments | None, new: tuple[Vector, Vector]) -> LayerChange:
         if inputs is None:
@@ -415,23 +374,3 @@ def raised_counter(layer: NormLayer, momentum: float | None) -> int | None:
     if updates is None or updates < needed:
         return needed
     return None if updates.is_integer() else math.ceil(updates)
-
-
-def worse(judgement: Judgement) -> str | None:
-    """Why the result is not to be written; None where nothing speaks against it."""
-    accuracy = judgement.accuracy
-    if judgement.broken_after > judgement.broken_before:
-        return f"{judgement.broken_after:,} outputs are NaN or infinite with the new statistics"
-    if accuracy is not None and accuracy.verdict is Verdict.WORSE:
-        return (
-            f"significantly worse with the new statistics (D605): accuracy {accuracy.before:.2%} -> "
-            f"{accuracy.after:.2%} (p {accuracy.p_value:.1g}, {accuracy.samples:,} samples)"
-        )
-    return None
-
-
-def _outputs(walker: Walker, batch: Batch, tallies: Tallies | None = None) -> dict[str, Any]:
-    """What the model gives for a batch; tallies: where what its norms see is added to."""
-    found: dict[str, Any] = {}
-    as_stored(walker, [batch], Look(), outputs=lambda _, outputs: found.update(outputs), tallies=tallies)
-    return found
