@@ -84,12 +84,16 @@ def _above(name: str) -> Iterator[str]:
 
 
 def _layer_of(own: NormLayer, layers: Iterable[NormLayer]) -> NormLayer | None:
-    """The file's layer that a live one is."""
-    for layer in layers:
-        names = (layer.path, layer.name.rpartition(":")[2], *layer.aliases)
-        if any(_alike(own.path, name) for name in names) and _same_values(own, layer):
-            return layer
-    return None
+    """The file's layer that a live one is: of those with its values the one whose name is most like its own.
+
+    Norms that were never updated have the same values, and bn1 is the end of layer1.0.bn1."""
+    near: list[tuple[int, int, NormLayer]] = []
+    for place, layer in enumerate(layers):
+        names = [layer.path, layer.name.rpartition(":")[2], *layer.aliases]
+        apart = [abs(len(name) - len(own.path)) for name in names if _alike(own.path, name)]
+        if apart and _same_values(own, layer):
+            near.append((min(apart), place, layer))
+    return min(near, key=lambda one: one[:2])[2] if near else None
 
 
 def _alike(one: str, other: str) -> bool:

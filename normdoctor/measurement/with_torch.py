@@ -216,6 +216,8 @@ class ModuleWalk:
         self._place = _Place(self._forward)
         self._place.look = look
         self._batch: Batch | None = batch
+        self._like = Example((), {})
+        """Its arguments without their values, for messages."""
         self._outputs: dict[str, NDArray[Any]] = {}
 
     def _forward(self) -> None:
@@ -223,19 +225,18 @@ class ModuleWalk:
         assert batch is not None
         example = self._walker.fitted(batch)
         del batch
+        self._like = _without_values(example)
         outputs = self._walker.module(*example.args, **example.kwargs)
         self._outputs = {name: LiveArray(tensor).load() for name, tensor in flatten(outputs)}
 
     def advance(self) -> Pause | None:
-        batch = self._batch
         try:
             with torch.no_grad(), self._walker.surroundings():
                 pause: Pause | None = self._place.switch()
         except NormDoctorError:
             raise
         except (Exception, SystemExit) as error:
-            example = Example((), {}) if batch is None else self._walker.fitted(batch)
-            raise cannot_run(self._walker.loaded, example, error) from error
+            raise cannot_run(self._walker.loaded, self._like, error) from error
         return pause
 
     @property
@@ -246,6 +247,13 @@ class ModuleWalk:
         if self._place and not self._place.dead:
             with contextlib.suppress(Exception), torch.no_grad():
                 self._place.throw(greenlet.GreenletExit)
+
+
+def _without_values(example: Example) -> Example:
+    args, kwargs = _pytree.tree_map(
+        lambda value: value.to("meta") if isinstance(value, torch.Tensor) else value, (example.args, example.kwargs)
+    )
+    return Example(args, kwargs)
 
 
 class ModuleWalker:
@@ -273,7 +281,7 @@ class ModuleWalker:
         self._device = device_of(loaded)
         self._dtype = dtype_of(loaded)
         self.modes = mode_stacks()
-        self._shifts: dict[str, torch.Tensor] = {}
+        self.shifts: dict[str, torch.Tensor] = {}
         """Where the inputs of a norm lie that are far from 0."""
 
     @property
@@ -309,7 +317,8 @@ class ModuleWalker:
                 value = torch.from_numpy(np.ascontiguousarray(value))
                 if value.is_floating_point():
                     value = value.to(self._dtype)
-            return value.to(self._device) if isinstance(value, torch.Tensor) else value
+            # A copy: forward may write into it, and the batch is needed again.
+            return value.to(self._device, copy=True) if isinstance(value, torch.Tensor) else value
 
         args, kwargs = _pytree.tree_map(moved, (batch.args, batch.kwargs))
         return Example(tuple(args), dict(kwargs))
@@ -361,17 +370,17 @@ class ModuleWalker:
             if norm is None:
                 found = self._others[name](x)
             else:
-                found = seen(x, samples=place.look.samples, shift=self._shifts.get(name))
+                found = seen(x, samples=place.look.samples, shift=self.shifts.get(name))
                 if _is_off(found.moments.mean, found.moments.mean**2 + found.moments.variance()):
                     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-                    self._shifts[name] = torch.from_numpy(found.moments.mean).to(device=x.device, dtype=wide)
+                    self.shifts[name] = torch.from_numpy(found.moments.mean).to(device=x.device, dtype=wide)
                 if place.look.active:
                     found = Seen(found.moments, found.sample_means, active(x, norm))
-            if mode_stacks() != self.modes or torch.is_inference_mode_enabled():
+            if mode_stacks() != self.modes:
                 raise RefusedError(
                     f"{name}: is called inside a context of torch (a device, a mode, inference_mode) that cannot be "
                     "left and entered again",
-                    "Take the context out of forward, or around the call of the model.",
+                    "Take the context out of forward, and put it around the call of the model.",
                 )
             del x, args, kwargs
             grad, own, dtype = torch.is_grad_enabled(), _autocast(), torch.get_default_dtype()
@@ -384,9 +393,10 @@ class ModuleWalker:
         return pause
 
 
-def mode_stacks() -> tuple[int, int]:
-    """How many modes of torch are active around the caller."""
-    return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+def mode_stacks() -> tuple[int, int, bool]:
+    """How many modes of torch are active around the caller, and whether inference_mode is."""
+    stacks = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+    return *stacks, torch.is_inference_mode_enabled()
 
 
 def _autocast() -> dict[str, tuple[bool, torch.dtype]]:
@@ -477,4 +487,5 @@ def held_bytes(walker: ModuleWalker, batch: Batch) -> int:
                     most = max(most, living.bytes())
         finally:
             walker.modes = modes
+            walker.shifts.clear()  # what follows is not to depend on the statistics as stored, not in one bit
     return most + sum(tensor.numel() * tensor.element_size() for tensor in given)

@@ -30,7 +30,7 @@ from normdoctor.measurement.calibration import Calibration
 from normdoctor.measurement.lockstep import Tallies, exact, one_pass, stored_variance
 from normdoctor.measurement.measuring import count_batches, whole_batches
 from normdoctor.measurement.memory import held_batches
-from normdoctor.measurement.opening import Opened, open_walker
+from normdoctor.measurement.opening import Opened, layers_of, open_walker
 from normdoctor.measurement.processes import ALONE, Processes
 from normdoctor.measurement.tally import Tally
 from normdoctor.measurement.walks import Walker
@@ -93,7 +93,14 @@ def estimate(
 ) -> MeasuredReport:
     """Measure the wanted norms of a checkpoint on data and write what they should hold to `target` (None: into the
     live module, or nowhere for a dry run, and in all processes but the first). See `recalibrate`."""
-    tracking = [layer for layer in wanted if layer.kind in TRACKING_KINDS and layer.running_var is not None]
+    others = {layer.name for layer in checkpoint.layers}.difference(
+        layer.name for layer in layers_of(checkpoint, asked.run.key) or checkpoint.layers
+    )
+    tracking = [
+        layer
+        for layer in wanted
+        if layer.kind in TRACKING_KINDS and layer.running_var is not None and layer.name not in others
+    ]
     if not tracking:
         refuse_what_is_folded(checkpoint, "recalibrate")
         raise RefusedError(

@@ -119,6 +119,8 @@ def check_unshared(changes: Iterable[Change], references: Iterable[Reference]) -
     """Raise RefusedError where a change would show under another name too, or the tensor repeats elements."""
     by_place: dict[Hashable, list[tuple[_Memory, str]]] = {}
     for reference in references:
+        if not isinstance(reference.array, (ChunkedArray, StoredArray, LiveArray)):
+            continue  # made of an attribute in an ONNX graph: nothing else lies there
         memory = _memory_of(reference.array)
         by_place.setdefault(memory.place, []).append((memory, reference.name or "training state"))
     for change in changes:

@@ -55,7 +55,7 @@ PREFIXES = ["", "module.", "_orig_mod.", "module._orig_mod.", "model.", "model.m
 def test_prefixes_of_the_file(prefix: str) -> None:
     net = trained()
     found = find_norms(net, layers({prefix + name: value for name, value in net.state_dict().items()}))
-    assert [module for module in found.norms.values()] == [net.bn, net.tail[1]]
+    assert list(found.norms.values()) == [net.bn, net.tail[1]]
     assert [name.removeprefix(prefix) for name in found.norms] == ["bn", "tail.1"] and not found.left
 
 
@@ -106,6 +106,18 @@ def test_one_module_under_two_names() -> None:
     found = find_norms(net, layers(net.state_dict()))
     assert set(found.norms.values()) == {net.bn, net.tail[1]}
     assert not found.left
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("order", [sorted, list, lambda names: sorted(names, reverse=True)])
+def test_norms_with_the_same_values_are_told_apart_by_their_whole_names(prefix: str, order: Any) -> None:
+    """bn is the end of block.bn and of a.bn, and none of the three was ever updated."""
+    net = nn.ModuleDict({"block": nn.ModuleDict({"bn": nn.BatchNorm2d(4)}), "bn": nn.BatchNorm2d(4)})
+    net["a"] = nn.ModuleDict({"bn": nn.BatchNorm2d(4)})
+    state = {prefix + name: value for name, value in net.state_dict().items()}
+    found = find_norms(net, layers({name: state[name] for name in order(state)}))
+    wanted = {f"{prefix}{name}": net.get_submodule(name) for name in ("block.bn", "bn", "a.bn")}
+    assert found.norms == wanted and not found.left
 
 
 def test_other_values_are_another_norm() -> None:

@@ -19,11 +19,11 @@ from onnx import numpy_helper
 from torch import nn
 
 import normdoctor as nd
-from normdoctor.measurement import lockstep
 from normdoctor.readers import open_checkpoint
 from normdoctor.recalibration.estimating import raised_counter
 from normdoctor.recalibration.records import MeasuredReport
-from tests.measurement.test_lockstep import batches, definition, norms_of, state_of
+from normdoctor.reports.recalibration_wording import scarcity
+from tests.measurement.test_lockstep import Statistics, definition, norms_of, state_of
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 DATA = FIXTURES / "digits.npz"
@@ -45,6 +45,12 @@ def load_module(name: str) -> nn.Module:
 @pytest.fixture(scope="session")
 def images() -> torch.Tensor:
     return torch.from_numpy(np.load(DATA)["x"])
+
+
+@pytest.fixture(scope="session")
+def of_slow(nets: ModuleType, images: torch.Tensor) -> Statistics:
+    """What the fixtures slow_momentum.* should hold."""
+    return definition(load_module("slow_momentum_module.pt"), images, double=True, size=512)
 
 
 def report_of(result: nd.Recalibration) -> MeasuredReport:
@@ -163,23 +169,25 @@ ABOUT_STATISTICS = ("S1", "D6")
 
 def judged(path: Path, images: torch.Tensor) -> set[str]:
     report = nd.inspect(path, data=images, trust=True, batch_size=64)
-    return {found.code for found in report.findings if found.code.startswith(ABOUT_STATISTICS)}
+    codes = {found.code for found in report.findings if found.code.startswith(ABOUT_STATISTICS)}
+    return codes - {"D606"}  # how much the data is worth
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_repaired_to_the_accuracy_of_exact_statistics(
     breakage: str, net: nn.Module, nets: ModuleType, images: torch.Tensor, tmp_path: Path
 ) -> None:
+    images = images[:256]
     BREAKAGES[breakage](net, images, nets)
     sick, fixed = tmp_path / "sick.pt", tmp_path / "fixed.pt"
     torch.save(net, sick)
     found = judged(sick, images)
     assert found or breakage in SILENT
-    report = report_of(nd.recalibrate(sick, DATA, output=fixed, trust=True))
-    assert report.samples == 512 and len(report.rows) == len(norms_of(net)) and not report.left
+    report = report_of(nd.recalibrate(sick, images, output=fixed, trust=True))
+    assert report.samples == 256 and len(report.rows) == len(norms_of(net)) and not report.left
     repaired: nn.Module = torch.load(fixed, weights_only=False)
     true = copy.deepcopy(net).float()
-    wanted = definition(true, images, double=True)
+    wanted = definition(true, images, double=True, size=256)
     for name, (mean, var) in wanted.items():
         norm, same = norms_of(true)[name], norms_of(repaired)[name]
         norm.running_mean.copy_(torch.from_numpy(mean))
@@ -268,9 +276,7 @@ FILES: dict[str, tuple[str, Callable[[Path], object], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("form", FILES)
-def test_only_the_buffers_and_their_checksums_change(
-    form: str, nets: ModuleType, images: torch.Tensor, tmp_path: Path
-) -> None:
+def test_only_the_buffers_and_their_checksums_change(form: str, of_slow: Statistics, tmp_path: Path) -> None:
     name, write, options = FILES[form]
     sick, fixed = tmp_path / name, tmp_path / f"fixed{Path(name).suffix}"
     write(sick)
@@ -279,12 +285,11 @@ def test_only_the_buffers_and_their_checksums_change(
     assert result.path == fixed and result.method == "exact"
     assert sick.read_bytes() == original
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, fixed.name])
-    wanted = definition(load_module("slow_momentum_module.pt"), images, double=True)
     with open_checkpoint(sick) as before, open_checkpoint(fixed) as after:
         assert [layer.name for layer in after.layers] == [layer.name for layer in before.layers]
         payload = 0
         for old, new in zip(before.layers, after.layers, strict=True):
-            mean, var = wanted[old.path.removeprefix("bn") and _module_name(old.path, wanted)]
+            mean, var = of_slow[old.path]
             assert new.numbers.mean is not None and new.numbers.var is not None
             tolerance = 1e-5 if form in ("pt2", "traced") else 1e-6
             assert (np.abs(new.numbers.mean - mean) / np.sqrt(var)).max() <= tolerance
@@ -308,11 +313,6 @@ def test_only_the_buffers_and_their_checksums_change(
     assert max(row.worst_shift for row in report_of(again).rows) < 1e-5  # a fixed point
 
 
-def _module_name(path: str, wanted: Any) -> str:
-    """The name in the module of a norm that a program may know by another one."""
-    return next(name for name in wanted if path == name or path.replace("_", ".").endswith(name))
-
-
 def test_onnx(images: torch.Tensor, tmp_path: Path) -> None:
     sick, fixed = FIXTURES / "slow_momentum.onnx", tmp_path / "fixed.onnx"
     original = sick.read_bytes()
@@ -330,17 +330,15 @@ def test_onnx(images: torch.Tensor, tmp_path: Path) -> None:
             np.testing.assert_array_equal(after[name], values)
     assert report.judgement is not None and report.judgement.accuracy is not None
     assert report.judgement.accuracy.after > 0.9
-    # The biased variance, of the same inputs.
-    wanted = definition(load_module("slow_momentum_module.pt"), images, double=True)
+    wanted = definition(load_module("slow_momentum_module.pt"), images, double=True, size=512, ddof=0)
     with open_checkpoint(fixed) as checkpoint:
         for layer, (mean, var) in zip(checkpoint.layers, wanted.values(), strict=True):
             assert layer.numbers.mean is not None and layer.numbers.var is not None
             assert (np.abs(layer.numbers.mean - mean) / np.sqrt(var)).max() <= 1e-5
-            count = 512 * {8: 64, 16: 16}.get(len(mean), 16)
-            assert np.abs(np.log(layer.numbers.var / var)).max() <= 1e-5 + 1 / (count / 64)
+            assert np.abs(np.log(layer.numbers.var / var)).max() <= 1e-5
 
 
-def test_shards(nets: ModuleType, images: torch.Tensor, tmp_path: Path) -> None:
+def test_shards(of_slow: Statistics, tmp_path: Path) -> None:
     import json
 
     from safetensors.torch import load_file, save_file
@@ -361,7 +359,6 @@ def test_shards(nets: ModuleType, images: torch.Tensor, tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == original
     assert {path.name for path in (tmp_path / "fixed").iterdir()} == original.keys()
     assert (tmp_path / "fixed" / "config.json").read_text() == "{}"
-    wanted = definition(load_module("slow_momentum_module.pt"), images, double=True)
     for name in original:
         if name.endswith(".safetensors"):
             for key, value in load_file(tmp_path / "fixed" / name).items():
@@ -369,7 +366,7 @@ def test_shards(nets: ModuleType, images: torch.Tensor, tmp_path: Path) -> None:
                 if leaf not in BUFFERS:
                     assert torch.equal(value, state[key])
                 elif leaf == "running_mean":
-                    mean, var = wanted[layer]
+                    mean, var = of_slow[layer]
                     assert (np.abs(value.double().numpy() - mean) / np.sqrt(var)).max() <= 1e-6
 
 
@@ -381,6 +378,52 @@ def test_a_distributed_checkpoint(nets: ModuleType, tmp_path: Path) -> None:
     one = {path.name: path.stat().st_size for path in reset_folder.iterdir()}
     assert one == {path.name: path.stat().st_size for path in fixed.iterdir()}
     again = report_of(nd.recalibrate(fixed, DATA, arch=ARCH, dry_run=True))
+    assert max(row.worst_shift for row in again.rows) < 1e-5
+
+
+def test_a_program_with_a_fixed_batch_takes_whole_batches(net: nn.Module, images: torch.Tensor, tmp_path: Path) -> None:
+    reset(net)
+    torch.export.save(torch.export.export(net, (images[:32],)), tmp_path / "m.pt2")
+    report = report_of(nd.recalibrate(tmp_path / "m.pt2", images[:100], output=tmp_path / "f.pt2"))
+    assert (report.samples, report.batches) == (96, 3)
+    assert any("4 samples left out" in note for note in report.notes)
+    with pytest.raises(nd.UsageError, match="takes batches of 32"):
+        nd.recalibrate(tmp_path / "m.pt2", images[:20], output=tmp_path / "g.pt2")
+    assert not (tmp_path / "g.pt2").exists()
+
+
+def test_a_script_that_branches_on_its_data(images: torch.Tensor, tmp_path: Path) -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if bool(x.mean() > 0):
+                x = self.norm(x)
+            return x
+
+    torch.jit.save(torch.jit.script(Branching().eval()), tmp_path / "m.pt")
+    with pytest.raises(nd.RefusedError) as caught:
+        nd.recalibrate(tmp_path / "m.pt", torch.cat([images + 3, images - 3]), output=tmp_path / "f.pt")
+    assert "one-pass" in caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
+
+
+def test_modes_in_a_file_are_kept(nets: ModuleType, tmp_path: Path) -> None:
+    nd.recalibrate(FIXTURES / "mixed_mode_module.pt", DATA, trust=True, output=tmp_path / "f.pt")
+    modes = [
+        [inner.training for inner in torch.load(path, weights_only=False).modules()]
+        for path in (FIXTURES / "mixed_mode_module.pt", tmp_path / "f.pt")
+    ]
+    assert modes[0] == modes[1] and True in modes[0]
+
+
+def test_onnx_with_external_data(images: torch.Tensor, tmp_path: Path) -> None:
+    sick = FIXTURES / "healthy_external.onnx"
+    report = report_of(nd.recalibrate(sick, images, output=tmp_path / "f.onnx"))
+    assert max(row.residual_shift or 0 for row in report.rows) < 1e-5
+    again = report_of(nd.recalibrate(tmp_path / "f.onnx", images, dry_run=True))
     assert max(row.worst_shift for row in again.rows) < 1e-5
 
 
@@ -468,10 +511,12 @@ def test_key(net: nn.Module, nets: ModuleType, tmp_path: Path) -> None:
     average = copy.deepcopy(net)
     reset(average)
     torch.save({"model": net.state_dict(), "ema": average.state_dict(), "epoch": 3}, tmp_path / "m.pt")
-    with pytest.raises(nd.UsageError, match="ema"):
+    with pytest.raises(nd.UsageError, match="holds 2 models") as caught:
         nd.recalibrate(tmp_path / "m.pt", DATA, arch=ARCH, output=tmp_path / "f.pt")
+    assert "ema" in caught.value.hint
     assert not (tmp_path / "f.pt").exists()
-    nd.recalibrate(tmp_path / "m.pt", DATA, arch=ARCH, key="ema", output=tmp_path / "f.pt")
+    result = nd.recalibrate(tmp_path / "m.pt", DATA, arch=ARCH, key="ema", output=tmp_path / "f.pt")
+    assert len(report_of(result).rows) == 9 and not report_of(result).left
     content = torch.load(tmp_path / "f.pt")
     assert content["epoch"] == 3
     for name, value in net.state_dict().items():
@@ -499,10 +544,10 @@ def test_few_samples_are_refused_and_some_are_warned_of(untouched: Path, images:
     with pytest.raises(nd.RefusedError, match=r"layer\S+: 8 samples are worth .* independent values") as caught:
         nd.recalibrate(untouched, images[:8], trust=True)
     assert "--force" in caught.value.hint and "blend" in caught.value.hint
-    notes = report_of(nd.recalibrate(untouched, images[:8], trust=True, force=True, dry_run=True)).notes
-    assert any("too little data" in note for note in notes)
-    assert any("too little data" in note for note in nd.recalibrate(untouched, images[:100], trust=True,
-               dry_run=True).report.notes)  # fmt: skip
+    for count, options in ((8, {"force": True}), (40, {})):
+        report = report_of(nd.recalibrate(untouched, images[:count], trust=True, dry_run=True, **options))
+        found = scarcity(report)
+        assert found is not None and found.severe == (count == 8)
 
 
 def test_memory_names_the_samples_that_fit(untouched: Path, images: torch.Tensor) -> None:
@@ -591,21 +636,11 @@ def test_a_live_module_that_is_interrupted(place: str, net: nn.Module, images: t
 
 def test_significantly_worse(net: nn.Module, untouched: Path, images: torch.Tensor, tmp_path: Path) -> None:
     """The statistics of inverted images make the net worse on the right ones; judged on the data, with labels."""
-    labels = torch.from_numpy(np.load(DATA)["labels"])
-
-    class Inverting(nn.Module):
-        """Sees the data inverted after its first norm was made for it."""
-
-    wrong = labels.roll(1)
-    with torch.no_grad():
-        answered = net(images).argmax(1)
-    # Labels that are what the net says now: any change of its answers is a loss.
     inverted = -images
     with torch.no_grad():
-        said = net(inverted).argmax(1)
+        said = net(inverted).argmax(1)  # taken for the labels: any other answer is a loss
     loader = [(x, y) for x, y in zip(inverted.split(64), said.split(64), strict=True)]
-    assert (said != wrong).any() and (answered == labels).float().mean() > 0.9
-    with pytest.raises(nd.VerificationError, match="significantly worse with the new statistics: accuracy") as caught:
+    with pytest.raises(nd.VerificationError, match="significantly worse with the new statistics") as caught:
         nd.recalibrate(untouched, loader, trust=True)
     judgement = caught.value.report.judgement
     assert judgement.accuracy.before == 1 and judgement.accuracy.after < 0.9
@@ -662,6 +697,50 @@ def test_a_norm_called_twice_is_pooled_in_one_pass(images: torch.Tensor) -> None
     assert net.norm.running_mean.item() == pytest.approx(np.concatenate([x, second]).mean(), abs=0.02)
 
 
+def test_forward_may_write_into_its_input(images: torch.Tensor) -> None:
+    """Each batch is run several times: for the memory it takes, to measure, before and after."""
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x.mul_(2))
+
+    given = images.clone()
+    for data in (given, list(given.split(64)), given.numpy()):
+        net = InPlace()
+        (row,) = report_of(nd.recalibrate(net, data)).rows
+        assert net.norm.running_mean.item() == pytest.approx(2 * images.double().mean().item(), abs=1e-6)
+        assert row.residual_shift is not None and row.residual_shift < 1e-6
+        assert torch.equal(given, images)
+        assert not nd.inspect(net, data=data, select="D6").findings
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_contexts_around_the_call(context: Any, net: nn.Module, images: torch.Tensor) -> None:
+    plain = copy.deepcopy(net)
+    nd.recalibrate(plain, images)
+    with context():
+        inside = copy.deepcopy(net)
+        nd.recalibrate(inside, images)
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(buffer, inside.get_buffer(name))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: torch.compile(net, backend="eager"), torch.jit.script])
+def test_wrapped_modules(wrap: Any, net: nn.Module, images: torch.Tensor) -> None:
+    plain = copy.deepcopy(net)
+    nd.recalibrate(plain, images)
+    reset(net)
+    result = nd.recalibrate(wrap(net), images)
+    assert len(report_of(result).rows) == 9
+    for (name, buffer), (_, same) in zip(plain.named_buffers(), result.module.named_buffers(), strict=True):
+        if not name.endswith("tracked"):
+            torch.testing.assert_close(same, buffer, rtol=1e-5, atol=1e-6)
+
+
 def test_wrong_options(net: nn.Module, images: torch.Tensor, tmp_path: Path) -> None:
     for options, words in (
         ({"method": "exakt"}, "no method"),
@@ -674,7 +753,7 @@ def test_wrong_options(net: nn.Module, images: torch.Tensor, tmp_path: Path) -> 
         ({"in_place": True}, "in place"),
         ({"arch_args": "{}"}, "--arch"),
         ({"key": "ema"}, "for files"),
-        ({"device": "cpu"}, "device"),
+        ({"device": "cpu"}, "runs where it is"),
         ({"batch_size": 0}, "batch"),
         ({"samples": 0}, "samples"),
         ({"method": "debias"}, "needs no data"),
@@ -697,16 +776,11 @@ def test_the_same_bits_every_time(net: nn.Module, images: torch.Tensor) -> None:
 
 
 def test_batches_of_any_size_are_the_same_to_rounding(net: nn.Module, images: torch.Tensor) -> None:
-    wanted = definition(net, images[:97], double=True)
-    for size in (1, 5, 97):
+    wanted = definition(net, images[:37], double=True, size=37)
+    for size in (1, 5, 37):
         one = copy.deepcopy(net)
-        nd.recalibrate(one, images[:97], batch_size=size)
+        nd.recalibrate(one, images[:37], batch_size=size, verify=False, force=True)
         for name, (mean, var) in wanted.items():
             norm = norms_of(one)[name]
             assert (np.abs(norm.running_mean.double().numpy() - mean) / np.sqrt(var)).max() <= 1e-6
             assert np.abs(np.log(norm.running_var.double().numpy() / var)).max() <= 1e-6
-
-
-def test_lockstep_is_used_with_the_batches_in_order(images: torch.Tensor) -> None:
-    assert [batch.index for batch in batches(images, 100)] == list(range(6))
-    assert len(images) > lockstep.FIRST_SAMPLES
