@@ -205,6 +205,7 @@ def _target(source: Path, output: str | Path | None, in_place: bool, overwrite: 
             raise UsageError("--in-place and -o exclude each other")
         return folder_of(source) or source
     folder = folder_of(source)
-    target = repaired_path(folder or source) if output is None else Path(output)
+    named = folder if folder is None or folder.name not in ("", "..") else folder.resolve()
+    target = repaired_path(named or source) if output is None else Path(output)
     check_output(target, folder or source, overwrite, folder=folder is not None)
     return target

@@ -180,7 +180,8 @@ class _Job:
             seconds=seconds,
             dry_run=self.order.dry_run,
         )
-        check_unshared(changes, self.checkpoint.list_references())
+        if self.checkpoint.container is not Container.ONNX:  # there each norm gets tensors of its own
+            check_unshared(changes, self.checkpoint.list_references())
         report = self._judged_and_written(model, report, new, changes, target)
         return replace(report, notes=(*report.notes, *self.data.notes))
 
@@ -274,11 +275,11 @@ class _Job:
         changes = []
         for name, (mean, var) in new.items():
             layer = self.wanted[name]
-            changes.append(Change(layer, "running_mean", mean))
-            changes.append(Change(layer, "running_var", var))
+            changes.append(Change(layer, "running_mean", mean, for_all_names=True))
+            changes.append(Change(layer, "running_var", var, for_all_names=True))
             counter = None if self.order.keep_counters else raised_counter(layer, self.order.momentum)
             if counter is not None:
-                changes.append(Change(layer, "num_batches_tracked", np.array([counter])))
+                changes.append(Change(layer, "num_batches_tracked", np.array([counter]), for_all_names=True))
         return changes
 
     # judging and writing

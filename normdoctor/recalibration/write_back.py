@@ -51,6 +51,8 @@ class Change:
     layer: NormLayer
     field: str
     values: NDArray[Any]
+    for_all_names: bool = False
+    """Whether the values are those of the one module that is stored under several names, wherever it is called."""
 
     @property
     def array(self) -> ArrayRef:
@@ -125,9 +127,10 @@ def check_unshared(changes: Iterable[Change], references: Iterable[Reference]) -
         by_place.setdefault(memory.place, []).append((memory, reference.name or "training state"))
     for change in changes:
         own, memory = f"{change.layer.name}.{change.field}", _memory_of(change.array)
-        if change.layer.aliases:
+        aliases = change.layer.aliases
+        if aliases and not change.for_all_names:
             raise RefusedError(
-                f"{change.layer.name}: the same layer is stored as {', '.join(change.layer.aliases)} as well",
+                f"{change.layer.name}: the same layer is stored as {', '.join(aliases)} as well",
                 "A shared layer sees several distributions; give each place its own layer first.",
             )
         if not memory.is_contiguous:
@@ -140,10 +143,10 @@ def check_unshared(changes: Iterable[Change], references: Iterable[Reference]) -
             for other, name in by_place.get(memory.place, ())
             if other.begin < memory.end and memory.begin < other.end
         ]
-        if len(overlapping) > 1:
-            others = [name for name in overlapping if name != own]
+        others = set(overlapping) - {own, *(f"{alias}.{change.field}" for alias in aliases)}
+        if others or (len(overlapping) > 1 and not aliases):
             raise RefusedError(
-                f"{own}: shares its memory with {', '.join(others)}",
+                f"{own}: shares its memory with {', '.join(sorted(others) or overlapping)}",
                 "Save the model again with tensors of their own (tensor.clone()).",
             )
 
