@@ -143,7 +143,8 @@ def check_unshared(changes: Iterable[Change], references: Iterable[Reference]) -
             for other, name in by_place.get(memory.place, ())
             if other.begin < memory.end and memory.begin < other.end
         ]
-        others = set(overlapping) - {own, *(f"{alias}.{change.field}" for alias in aliases)}
+        own_names = {f"{name}.{change.field}".removeprefix(".") for name in (change.layer.name, *aliases)}
+        others = set(overlapping) - own_names
         if others or (len(overlapping) > 1 and not aliases):
             raise RefusedError(
                 f"{own}: shares its memory with {', '.join(sorted(others) or overlapping)}",
