@@ -22,7 +22,7 @@ FLOORS = [
     {"readers", "rules", "writing"},
     {"models"},
     {"exporting", "torchscript", "tracing"},
-    {"data", "processes", "programs"},
+    {"data", "looking", "processes", "programs"},
     {"measurement"},
     {"inspection"},
     {"baseline", "configuration"},

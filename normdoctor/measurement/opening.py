@@ -133,6 +133,7 @@ def _load(model: Any, checkpoint: Checkpoint, options: RunOptions) -> Loaded:
 
 @contextmanager
 def _open_torch(loaded: Loaded, layers: Sequence[NormLayer], key: str | None) -> Iterator[Opened]:
+    from normdoctor.looking.with_torch import look_at
     from normdoctor.measurement import with_torch
     from normdoctor.models.loaded import Kind
     from normdoctor.models.with_torch import dtype_of
@@ -145,7 +146,7 @@ def _open_torch(loaded: Loaded, layers: Sequence[NormLayer], key: str | None) ->
     if loaded.kind is Kind.MODULE:
         found = find_norms(loaded.model, layers)
         norms, left = found.norms, found.left
-        others = {name: (module, with_torch.look_at(module, own)) for name, (module, own) in found.others.items()}
+        others = {name: (module, look_at(module, own)) for name, (module, own) in found.others.items()}
     else:
         from normdoctor.programs.with_torch import unrolled
 

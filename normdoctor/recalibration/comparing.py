@@ -9,14 +9,14 @@ from typing import Any
 from normdoctor.data import Batch
 from normdoctor.findings import Finding
 from normdoctor.layers import Checkpoint, Model, NormLayer, Vector
-from normdoctor.measured import Measured, Measurement, Recalibrated
+from normdoctor.measured import Measurement, Recalibrated
 from normdoctor.measurement.lockstep import Progress, Tallies, as_stored
 from normdoctor.measurement.processes import Processes
 from normdoctor.measurement.walks import Look, Walker
 from normdoctor.moments import Moments
 from normdoctor.recalibration.judging import Judge, Judgement, Verdict, merged_judge
 from normdoctor.recalibration.records import MeasuredReport
-from normdoctor.rules.calibration_data import recalibration_hurts
+from normdoctor.rules.calibration_data import recalibration_hurts, too_little_data
 from normdoctor.rules.runner import examine
 
 
@@ -63,13 +63,16 @@ def _outputs(walker: Walker, batch: Batch, tallies: Tallies | None = None) -> di
 
 
 def said_of(
-    report: MeasuredReport, judgement: Judgement, checkpoint: Checkpoint, layer: NormLayer
+    report: MeasuredReport, judgement: Judgement | None, checkpoint: Checkpoint, layers: Iterable[NormLayer]
 ) -> tuple[Finding, ...]:
-    """What the rule D605 says of a model with its new statistics. layer: any that was measured."""
-    accuracy, entropy = judgement.accuracy, judgement.entropy
+    """What rules say of new statistics: D606 of how much data they rest on, D605 of what became of the outputs.
+
+    layers: those that were measured, with what was seen of them."""
+    accuracy = None if judgement is None else judgement.accuracy
+    entropy = None if judgement is None else judgement.entropy
     measurement = Measurement(
         data=report.data,
-        samples=judgement.samples,
+        samples=report.samples,
         batches=report.batches,
         order=tuple(row.layer for row in report.rows),
         accuracy=None if accuracy is None else accuracy.before,
@@ -80,9 +83,8 @@ def said_of(
             entropy=None if entropy is None else entropy.after,
         ),
     )
-    seen = Measured(moments=Moments.none(layer.channels), samples=report.samples, batches=report.batches)
-    model = Model(key=None, layers=(replace(layer, measured=seen),), measurement=measurement)
-    return examine(replace(checkpoint, models=(model,)), [recalibration_hurts]).findings
+    model = Model(key=None, layers=tuple(layers), measurement=measurement)
+    return examine(replace(checkpoint, models=(model,)), [recalibration_hurts, too_little_data]).findings
 
 
 def worse(judgement: Judgement) -> str | None:

@@ -164,6 +164,7 @@ class _Job:
         self._check_enough(new, tallies)
         rows = tuple(self._row(name, tallies.of[name], new[name]) for name in tallies.of if name in new)
         changes = self._changes(new)
+        seen = [replace(self.wanted[name], measured=tallies.of[name].measured()) for name in new]
         report = MeasuredReport(
             source=self.checkpoint.path,
             format=self.checkpoint.format,
@@ -180,9 +181,10 @@ class _Job:
             seconds=seconds,
             dry_run=self.order.dry_run,
         )
+        report = replace(report, findings=said_of(report, None, self.checkpoint, seen))
         if self.checkpoint.container is not Container.ONNX:  # there each norm gets tensors of its own
             check_unshared(changes, self.checkpoint.list_references())
-        report = self._judged_and_written(model, report, new, changes, target)
+        report = self._judged_and_written(model, report, new, seen, changes, target)
         return replace(report, notes=(*report.notes, *self.data.notes))
 
     # measuring
@@ -289,12 +291,13 @@ class _Job:
         model: Any,
         report: MeasuredReport,
         new: Mapping[str, tuple[Vector, Vector]],
+        seen: Sequence[NormLayer],
         changes: Sequence[Change],
         target: Path | None,
     ) -> MeasuredReport:
         mark = f"{self.order.method} {report.samples} samples"
         if target is None:
-            report = self._judged(report, new, self.opened.walker, both=True)
+            report = self._judged(report, new, seen, self.opened.walker, both=True)
             self.processes.barrier()
             if not self.order.dry_run and self.checkpoint.container is Container.MEMORY:
                 write_changes(self.checkpoint, changes, None, mark)
@@ -304,7 +307,7 @@ class _Job:
             notes = write_changes(self.checkpoint, changes, first, mark, share_data=False)
             if self.order.verify:
                 with open_checkpoint(first) as written, open_walker(first, written, self.asked.run) as after:
-                    report = self._judged(report, new, after.walker, both=False)
+                    report = self._judged(report, new, seen, after.walker, both=False)
             self.processes.barrier()  # nothing gets its name where another process is gone
             alone = first.is_file() and len(list(folder.iterdir())) == 1
             if alone:
@@ -317,7 +320,13 @@ class _Job:
         return replace(report, notes=(*report.notes, *notes))
 
     def _judged(
-        self, report: MeasuredReport, new: Mapping[str, tuple[Vector, Vector]], after: Walker, *, both: bool
+        self,
+        report: MeasuredReport,
+        new: Mapping[str, tuple[Vector, Vector]],
+        seen: Sequence[NormLayer],
+        after: Walker,
+        *,
+        both: bool,
     ) -> MeasuredReport:
         """The outputs before and after on the same batches, and how far each norm's inputs are from what it holds now.
 
@@ -337,7 +346,7 @@ class _Job:
         )
         rows = tuple(self._with_residual(row, inputs.get(row.layer), new[row.layer]) for row in report.rows)
         report = replace(report, rows=rows, judgement=judgement)
-        report = replace(report, findings=said_of(report, judgement, self.checkpoint, self.wanted[rows[0].layer]))
+        report = replace(report, findings=said_of(report, judgement, self.checkpoint, seen))
         problem = None if self.order.force else worse(judgement)
         if problem is not None:
             raise VerificationError(

@@ -27,6 +27,7 @@ from normdoctor.reports.recalibration_extent import (
     worst_first,
 )
 from normdoctor.reports.wording import percent, plural, short
+from normdoctor.rules.calibration_data import too_little_data
 
 NOTEWORTHY_SHIFT = 0.5
 """Standard deviations by which a single channel may move unmentioned in a layer that changed little."""
@@ -154,6 +155,10 @@ def change_lines(report: MeasuredReport) -> Iterator[str]:
     )
 
 
+MOVED_OUTPUTS = 0.2
+"""A change of the outputs by more of their size (L2) is not little, however little each layer moved."""
+
+
 def _upward(value: float) -> str:
     """Two significant digits, never below the value."""
     if value < 1e-9:
@@ -171,6 +176,8 @@ def _meaning_of_little(report: MeasuredReport) -> str:
         judgement.broken_before or (judgement.accuracy and judgement.accuracy.verdict is not Verdict.ALIKE)
     ):
         return ""
+    if judgement is not None and judgement.output_change is not None and judgement.output_change > MOVED_OUTPUTS:
+        return "Yet the outputs moved: small changes of many layers add up."
     return "The stored statistics fit this data: the model was healthy on it."
 
 
@@ -262,6 +269,8 @@ def judgement_lines(report: MeasuredReport) -> Iterator[tuple[str, str]]:
             (f"{plural(judgement.broken_before, 'value')} of the outputs before, {judgement.broken_after:,} after"),
         )
     for finding in report.findings:
+        if finding.code == too_little_data.code:
+            continue  # said loudly, see `scarcity`
         yield f"{finding.severity} {finding.code}", f"{finding.message} Fix: {finding.fix}"
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from normdoctor.measurement.with_torch import seen
+from normdoctor.looking.with_torch import seen
 
 SHAPES = {
     "vectors": (64, 6),
