@@ -60,6 +60,8 @@ class Preprocessing:
     """What was tried: "times 255", "channels swapped (BGR)"."""
     divergence: float
     """Median over channels of KL(data || buffers), in nats."""
+    options: str = ""
+    """What a command must add to have the data so; empty where no option can do that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,3 +169,5 @@ class Drift:
     output_change: float | None
     """Relative L2 distance of the outputs under these two."""
     accuracy: float | None
+    prepared: str = ""
+    """How the data was probably prepared for training (D608); empty where nothing says that it was otherwise."""

@@ -60,6 +60,13 @@ def _check_folder(output: Path, source: Path | None, overwrite: bool) -> None:
         ) from None
 
 
+def same_file(one: Path, other: Path) -> bool:
+    """Whether both are names of one file that is there."""
+    with suppress(OSError, ValueError):
+        return one.samefile(other)
+    return False
+
+
 def check_text_output(output: Path, sources: Iterable[Path]) -> None:
     """Raise UsageError where a report would replace one of the files it is about, or anything that is no text."""
     for source in sources:

@@ -65,7 +65,12 @@ class ModuleSubject:
         from normdoctor.folding.with_torch import apply, save
 
         path = self.request.path
-        whole = path is not None and self.request.arch is None and self.request.key is None and not self.loaded.notes
+        whole = (
+            path is not None
+            and self.request.arch is None
+            and self.request.key is None
+            and not (self.loaded.notes or self.loaded.losses)
+        )
         if output is not None and plan.changes_nothing and whole and not self.request.state_dict:
             assert path is not None
             shutil.copyfile(path, output)
@@ -116,7 +121,7 @@ def open_module(request: Request) -> Iterator[Subject]:
     traced = trace(loaded, example)
     built = request.arch is not None
     form = f"PyTorch module ({request.arch})" if built else "PyTorch module"
-    yield ModuleSubject(request, loaded, example, traced, form, [*loaded.notes, *traced.notes])
+    yield ModuleSubject(request, loaded, example, traced, form, [*loaded.notes, *loaded.losses, *traced.notes])
 
 
 @dataclass(frozen=True)
@@ -189,7 +194,7 @@ def _exported(request: Request, loaded: Loaded, example: Example, path: Path) ->
         input_shape=(),
     )
     with open_onnx(inner) as subject:
-        notes = [*subject.notes, *loaded.notes, *exported.notes]
+        notes = [*subject.notes, *loaded.notes, *loaded.losses, *exported.notes]
         form = f"{subject.format}, exported from {_with_article(loaded.kind.value)}"
         yield ExportedSubject(request, subject, NamedRunner(loaded, example, exported), form, notes)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from normdoctor.data.opening import open_data
-from normdoctor.data.options import DataOptions
+from normdoctor.data.options import DataOptions, scale_words
 from normdoctor.errors import UsageError
 from normdoctor.layers import Checkpoint, Model
 from normdoctor.measurement.lockstep import Progress, silent
-from normdoctor.measurement.measuring import Seen, measure
+from normdoctor.measurement.measuring import Seen, Taken, measure
 from normdoctor.measurement.opening import RunOptions, open_walker
 
 
@@ -28,6 +28,15 @@ class Calibration:
     data: DataOptions
     run: RunOptions
     progress: Progress = silent
+
+    @property
+    def taken(self) -> Taken:
+        """What is done to the values of the data."""
+        images = isinstance(self.source, (str, Path)) and Path(self.source).is_dir()
+        return Taken(
+            scaled=images or self.data.scale is not None,
+            normalised=self.data.mean is not None or self.data.std is not None,
+        )
 
     @property
     def words(self) -> str:
@@ -48,7 +57,8 @@ class Calibration:
         if data.samples is not None:
             yield "--samples", str(data.samples)
         if data.scale is not None:
-            yield "--scale", f"{data.scale:g}"
+            words = scale_words(data.scale)
+            yield "--scale", words if "/" in words else f"{data.scale:g}"
         for name, numbers in (("--mean", data.mean), ("--std", data.std)):
             if numbers is not None:
                 yield name, ",".join(f"{number:g}" for number in numbers)
@@ -103,8 +113,11 @@ def measured(model: Any, checkpoint: Checkpoint, asked: Calibration) -> Checkpoi
     with ExitStack() as stack:
         opened = stack.enter_context(open_walker(model, checkpoint, asked.run))
         data = stack.enter_context(open_data(asked.source, asked.data, opened.wanted))
-        seen = measure(opened, data, batch_size=asked.data.batch_size, progress=asked.progress)
-    seen = replace(seen, measurement=replace(seen.measurement, options=asked.words))
+        seen = measure(opened, data, batch_size=asked.data.batch_size, taken=asked.taken, progress=asked.progress)
+    words = asked.words
+    if any(one.calls > 1 for one in seen.layers.values()):
+        words += " --method one-pass"  # what is called several times has no exact statistics
+    seen = replace(seen, measurement=replace(seen.measurement, options=words))
     models = tuple(_told(model, seen, asked.run.key) for model in checkpoint.models)
     return replace(checkpoint, models=models, notes=(*checkpoint.notes, *seen.measurement.notes))
 

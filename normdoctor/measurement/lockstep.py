@@ -107,8 +107,10 @@ def one_pass(
     only: names of the norms that use the statistics of the batch; None for all.
     Leaves the last batch's statistics in the walker: `restore` it. Raises InputError for values that are not finite."""
     tallies = Tallies()
-    rounds = _in_rounds(batches, processes)
-    for batch in rounds:
+    for batch in _in_rounds(batches, processes):
+        if until is not None and tallies.batches > 1 and _is_settled(tallies, until):
+            tallies.stopped = True
+            break
         found: list[tuple[str, Part]] = []
         if batch is not None:
             for pause in _stops(walker, batch, Look(samples=_among_first(batch)), outputs):
@@ -122,9 +124,6 @@ def one_pass(
                 tallies.add(norm, part)
         _recount(tallies)
         progress(tallies.batches, total, "batches")
-        if until is not None and tallies.batches > 1 and _is_settled(tallies, until):
-            tallies.stopped = True
-            break
     return tallies
 
 

@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,17 +15,17 @@ from normdoctor.data.dataset import Dataset, Part
 from normdoctor.errors import CannotRunError, InputError, MisfitError, UsageError
 from normdoctor.layers import NormLayer, median
 from normdoctor.measured import Measured, Measurement, Preprocessing
-from normdoctor.measurement.lockstep import Progress, Tallies, as_stored, one_pass, silent
+from normdoctor.measurement.lockstep import Progress, as_stored, one_pass, silent
 from normdoctor.measurement.opening import Opened
 from normdoctor.measurement.scores import Arrays, changed, disagreeing, hits, scores_of
 from normdoctor.measurement.walks import Look, Walker
-from normdoctor.moments import Moments, divergence
+from normdoctor.moments import Moments, divergence, merged
 from normdoctor.rules.verdict import PREPARED_LIMITS
 
 COMPARED = 8
 """Batches that are run once more with the statistics of the batch."""
 
-GLANCED_AT = 4
+GLANCED_AT = 8
 """Batches of which the first norm is looked at in other preprocessing."""
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -41,7 +40,18 @@ class Seen:
     measurement: Measurement
 
 
-def measure(opened: Opened, data: Dataset, *, batch_size: int, progress: Progress = silent) -> Seen:
+class Taken(NamedTuple):
+    """What was done to the values of the data already."""
+
+    scaled: bool
+    normalised: bool
+
+    def fits(self, options: str) -> bool:
+        """Whether options that prepare the data can still be added."""
+        return not self.normalised and not (self.scaled and "--scale" in options)
+
+
+def measure(opened: Opened, data: Dataset, *, batch_size: int, taken: Taken, progress: Progress = silent) -> Seen:
     """Walk all data through the model as it is stored, and some of it in other ways.
 
     Raises InputError for data that is empty or not finite, UsageError and MisfitError for data that does not fit."""
@@ -86,7 +96,7 @@ def measure(opened: Opened, data: Dataset, *, batch_size: int, progress: Progres
         notes=(*opened.notes, *data.notes),
         disagreement=disagreement,
         output_change=change,
-        preprocessing=_preprocessing(opened, tallies, [batch for batch, _ in first[:GLANCED_AT]]),
+        preprocessing=preparation(opened, [batch for batch, _ in first[:GLANCED_AT]], taken),
         order_dependence=_order_dependence(opened, first),
         accuracy=right / labelled if labelled else None,
     )
@@ -186,23 +196,37 @@ def _mapped(batch: Batch, change: Callable[[Any], Any], size: int | None = None)
 # other preprocessing
 
 
-def _preprocessing(opened: Opened, tallies: Tallies, batches: Sequence[Batch]) -> tuple[Preprocessing, ...]:
-    """What the first norm would see of data prepared otherwise; nothing where it sees what it expects."""
-    name = next((name for name in tallies.of if name in opened.walker.norms), None)
-    layer = next((layer for layer in opened.layers if layer.name == name), None)
-    if name is None or layer is None or not _typical(tallies.of[name].total(), layer) > PREPARED_LIMITS["given"]:
-        return ()
-    found = []
-    for words, change in (("as given", lambda value: value), *_alternatives(batches)):
-        parts = []
-        for batch in batches:
-            with closing(opened.walker.start(_mapped(batch, change), Look())) as walk:
-                pause = walk.advance()
-                if pause is not None and pause.norm == name:
-                    parts.append(pause.seen.moments)
-        if parts:
-            found.append(Preprocessing(words=words, divergence=_typical(sum(parts[1:], parts[0]), layer)))
+def preparation(opened: Opened, batches: Sequence[Batch], taken: Taken) -> tuple[Preprocessing, ...]:
+    """What the first norm would see of data prepared otherwise; nothing where it sees what it expects, or its
+    statistics were never updated."""
+    found: list[Preprocessing] = []
+    for tried in (_Tried("as given", lambda value: value), *_alternatives(batches)):
+        seen = _at_first_norm(opened, batches, tried.change)
+        if seen is None:
+            return ()
+        layer, moments = seen
+        divergence = _typical(moments, layer)
+        if not found and (layer.numbers.default_statistics or not divergence > PREPARED_LIMITS["given"]):
+            return ()
+        options = tried.options if taken.fits(tried.options) else ""
+        found.append(Preprocessing(words=tried.words, divergence=divergence, options=options))
     return tuple(found)
+
+
+def _at_first_norm(
+    opened: Opened, batches: Sequence[Batch], change: Callable[[Any], Any]
+) -> tuple[NormLayer, Moments] | None:
+    """What the first norm sees of changed batches; None where they reach none with statistics."""
+    layers = {layer.name: layer for layer in opened.layers}
+    name, parts = None, []
+    for batch in batches:
+        with closing(opened.walker.start(_mapped(batch, change), Look())) as walk:
+            pause = walk.advance()
+        if pause is None or pause.norm not in layers or name not in (None, pause.norm):
+            return None
+        name = pause.norm
+        parts.append(pause.seen.moments)
+    return None if name is None else (layers[name], merged(parts))
 
 
 def _typical(moments: Moments, layer: NormLayer) -> float:
@@ -214,38 +238,59 @@ def _typical(moments: Moments, layer: NormLayer) -> float:
     return median(known[np.isfinite(known)])
 
 
-def _alternatives(batches: Sequence[Batch]) -> Iterator[tuple[str, Callable[[Any], Any]]]:
+class _Tried(NamedTuple):
+    """Another preparation of the data."""
+
+    words: str
+    change: Callable[[Any], Any]
+    """Of arguments."""
+    options: str = ""
+    """Of a command that prepares it so."""
+
+
+def _alternatives(batches: Sequence[Batch]) -> Iterator[_Tried]:
     """What is tried: it applies to arguments of floating point, all others stay."""
-
-    def floats(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        return lambda value: change(value) if "float" in str(value.dtype) else value
-
-    yield "times 255", floats(lambda value: value * 255)
-    yield "divided by 255", floats(lambda value: value / 255)
-    arguments = [value for batch in islice(batches, 1) for value in (*batch.args, *batch.kwargs.values())]
+    yield _Tried("times 255", _of_floats(lambda value: value * 255), "--scale 255")
+    yield _Tried("divided by 255", _of_floats(lambda value: value / 255), "--scale 1/255")
+    half = "--mean 0.5 --std 0.5"
+    yield _Tried("normalised by mean and std 0.5", _of_floats(lambda value: (value - 0.5) / 0.5), half)
+    yield _Tried(
+        "divided by 255 and normalised by mean and std 0.5",
+        _of_floats(lambda value: (value / 255 - 0.5) / 0.5),
+        f"--scale 1/255 {half}",
+    )
+    yield _Tried("without a normalisation by mean and std 0.5", _of_floats(lambda value: value * 0.5 + 0.5))
+    arguments = [value for batch in batches[:1] for value in (*batch.args, *batch.kwargs.values())]
     shapes = [tuple(value.shape) for value in arguments if hasattr(value, "shape")]
-    colours = any(len(shape) == 4 and shape[1] == 3 for shape in shapes)
-    if not colours:
+    if not any(len(shape) == 4 and shape[1] == 3 for shape in shapes):
         return
-
-    def images(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        return floats(lambda value: change(value) if value.ndim == 4 and value.shape[1] == 3 else value)
-
-    def per_colour(value: Any, numbers: Sequence[float]) -> Any:
-        shaped = np.asarray(numbers, dtype=np.float32).reshape(1, 3, 1, 1)
-        return shaped if isinstance(value, np.ndarray) else value.new_tensor(shaped.tolist())
-
     mean, std = IMAGENET
-    yield "channels swapped (RGB and BGR)", images(lambda value: value[:, [2, 1, 0]])
-    yield (
-        "with ImageNet's mean and std",
-        images(lambda value: (value - per_colour(value, mean)) / per_colour(value, std)),
+    usual = " ".join(f"{name} {','.join(map(str, values))}" for name, values in (("--mean", mean), ("--std", std)))
+    yield _Tried("channels swapped (RGB and BGR)", _of_images(lambda value: value[:, [2, 1, 0]]))
+    yield _Tried(
+        "normalised by ImageNet's mean and std",
+        _of_images(lambda value: (value - _per_colour(value, mean)) / _per_colour(value, std)),
+        usual,
     )
-    yield (
-        "divided by 255, with ImageNet's mean and std",
-        images(lambda value: (value / 255 - per_colour(value, mean)) / per_colour(value, std)),
+    yield _Tried(
+        "divided by 255 and normalised by ImageNet's mean and std",
+        _of_images(lambda value: (value / 255 - _per_colour(value, mean)) / _per_colour(value, std)),
+        f"--scale 1/255 {usual}",
     )
-    yield (
-        "without ImageNet's mean and std",
-        images(lambda value: value * per_colour(value, std) + per_colour(value, mean)),
+    yield _Tried(
+        "without a normalisation by ImageNet's mean and std",
+        _of_images(lambda value: value * _per_colour(value, std) + _per_colour(value, mean)),
     )
+
+
+def _of_floats(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: change(value) if "float" in str(value.dtype) else value
+
+
+def _of_images(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return _of_floats(lambda value: change(value) if value.ndim == 4 and value.shape[1] == 3 else value)
+
+
+def _per_colour(value: Any, numbers: Sequence[float]) -> Any:
+    shaped = np.asarray(numbers, dtype=np.float32).reshape(1, 3, 1, 1)
+    return shaped if isinstance(value, np.ndarray) else value.new_tensor(shaped.tolist())

@@ -45,6 +45,8 @@ class Tally:
     """Over all values."""
     samples: int = 0
     batches: int = 0
+    share_different: float = 1.0
+    """Share of the samples that are no copies of others."""
     _parts: int = 0
     _last: int = -1
     _size: int = 0
@@ -121,10 +123,11 @@ class Tally:
         if self._of_samples is None or self._of_samples.count < 2:
             return None
         moments, between = self.total(), self._of_samples.variance(1)
+        most = max(1.0, self.share_different * moments.count)
         with np.errstate(divide="ignore", invalid="ignore"):
-            effective = self.samples * moments.variance() / between
+            effective = self.share_different * self.samples * moments.variance() / between
         # Where the means of all samples are one number there is nothing that one more sample could add.
-        return np.asarray(np.clip(np.where(between > 0, effective, moments.count), 1.0, moments.count))
+        return np.asarray(np.clip(np.where(between > 0, effective, most), 1.0, most))
 
     def _spreads(self, effective: Vector | None) -> tuple[Vector | None, Vector | None]:
         """Standard deviations, between batches, of the mean and of the variance of a batch."""

@@ -69,7 +69,7 @@ class ModuleWalk:
         except NormDoctorError:
             raise
         except (Exception, SystemExit) as error:
-            raise cannot_run(self._walker.loaded, self._like, error) from error
+            raise cannot_run(self._walker.loaded, self._like, error, "--data") from error
         return pause
 
     @property
@@ -169,7 +169,7 @@ class ModuleWalker:
             with torch.no_grad(), self.surroundings():
                 outputs = self.module(*example.args, **example.kwargs)
         except Exception as error:
-            raise cannot_run(self.loaded, example, error) from error
+            raise cannot_run(self.loaded, example, error, "--data") from error
         finally:
             self.restore()
             for inner, training in evaluating.items():

@@ -32,6 +32,8 @@ class Loaded:
     evaluation: bool = False
     """Whether it is meant for inference whatever its modules say: built by --arch, so never trained here."""
     notes: list[str] = field(default_factory=list)
+    losses: list[str] = field(default_factory=list)
+    """What a file that is written anew from the model would not have any more."""
 
     @property
     def module(self) -> Any:

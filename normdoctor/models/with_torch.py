@@ -143,14 +143,14 @@ def _load_pickle(path: Path, key: str | None) -> Loaded:
         with open_checkpoint(path) as checkpoint:
             raise _bare(checkpoint)
     chosen = choose(modules, key, str(path))
-    notes = []
+    losses = []
     left = len(modules) - 1
     if isinstance(value, Mapping):
         others = [name for name in value if name != chosen.partition(".")[0]]
         if others:
             shown = ", ".join(map(str, others[:5])) + (", ..." if len(others) > 5 else "")
-            notes.append(f"only the model{f' {chosen}' if left else ''} is kept; dropped from the file: {shown}")
-    return Loaded(Kind.MODULE, unwrap(modules[chosen]), str(path), notes=notes)
+            losses.append(f"only the model{f' {chosen}' if left else ''} is kept; dropped from the file: {shown}")
+    return Loaded(Kind.MODULE, unwrap(modules[chosen]), str(path), losses=losses)
 
 
 def _unpickle(path: Path) -> Any:
@@ -244,12 +244,10 @@ def _build(checkpoint: Checkpoint, arch: str, arguments: str | Mapping[str, Any]
     _retype(module, values)
     with users_code(f"--arch {arch}"), torch.no_grad():
         module.load_state_dict(values, strict=False)
+    losses = []
     if any(not reference.name for reference in checkpoint.list_references()):
-        notes = [
-            *notes,
-            "only the model is written: training state in the file (of an optimizer) is dropped",
-        ]
-    return Loaded(Kind.MODULE, module, checkpoint.path, evaluation=True, notes=notes)
+        losses.append("only the model is written: training state in the file (of an optimizer) is dropped")
+    return Loaded(Kind.MODULE, module, checkpoint.path, evaluation=True, notes=notes, losses=losses)
 
 
 def _identity(tensor: torch.Tensor) -> object:
@@ -357,8 +355,16 @@ def run(loaded: Loaded, example: Example) -> dict[str, NDArray[Any]]:
     return {name: LiveArray(tensor).load() for name, tensor in flatten(outputs)}
 
 
-def cannot_run(loaded: Loaded, example: Example, error: BaseException) -> NormDoctorError:
+def cannot_run(
+    loaded: Loaded, example: Example, error: BaseException, options: str = "--input-shape or --data"
+) -> NormDoctorError:
+    """What became of a call, in words. options: those that say what it was called with."""
     text = one_line(error)
+    if "out of memory" in text or "t allocate memory" in text or isinstance(error, MemoryError):
+        return InputError(
+            f"{loaded.name}: out of memory on {described(loaded, example)}",
+            "Take a smaller --batch-size, fewer --samples, or --method one-pass, which holds one batch at a time.",
+        )
     if isinstance(error, NotImplementedError) or "is not implemented for" in text or "does not exist" in text:
         return CannotRunError(
             f"{loaded.name}: an operator has no kernel here ({text})", "Run it where the operator is at home."
@@ -366,11 +372,20 @@ def cannot_run(loaded: Loaded, example: Example, error: BaseException) -> NormDo
     if isinstance(error, ImportError):
         missing = (error.name or "a package").partition(".")[0]
         return MissingDependencyError(f"{loaded.name}: running it needs {missing} ({text})", install(missing))
-    takes = ", ".join(parameters_of(loaded))
+    takes = ", ".join(name for name in parameters_of(loaded) if not name.startswith("*"))
+    integers = any(not dtype.is_floating_point for dtype in _types(example))
     return MisfitError(
         f"{loaded.name}: cannot be run on {described(loaded, example)} ({text})",
-        f"Check --input-shape or --data against what the model expects{f'; it takes ({takes})' if takes else ''}.",
+        f"Check {options} against what the model expects{f'; it takes ({takes})' if takes else ''}."
+        + (" Where it takes floats, --scale makes them of integers." if integers and options == "--data" else ""),
     )
+
+
+def _types(example: Example) -> Iterator[torch.dtype]:
+    """The element types of the tensors among the arguments."""
+    for value in (*example.args, *example.kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            yield value.dtype
 
 
 def in_float64(loaded: Loaded) -> Loaded:

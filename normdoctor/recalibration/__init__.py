@@ -17,7 +17,7 @@ from normdoctor.processes import are_several
 from normdoctor.readers import open_checkpoint
 from normdoctor.readers.folders import folder_of
 from normdoctor.recalibration.records import METHODS, DebiasReport, MeasuredReport, Method, Recalibration
-from normdoctor.writing import check_output, replace_in_place
+from normdoctor.writing import check_output, replace_in_place, same_file
 
 if TYPE_CHECKING:
     from normdoctor.measurement.lockstep import Progress
@@ -90,6 +90,9 @@ def recalibrate(
     target = None if live or dry_run else _target(Path(model), output, in_place, overwrite)
     if live and (output is not None or in_place):
         raise UsageError("what is in memory is repaired in place", "Leave out output, and save it with torch.save.")
+    for name, path in (("data", data), ("labels", labels)):
+        if target is not None and isinstance(path, (str, Path)) and same_file(target, Path(path)):
+            raise UsageError(f"{target}: is the --{name} file, which is never overwritten", "Choose another -o.")
     globs = several(layer)
 
     def work(target: Path | None, processes: Processes) -> DebiasReport | MeasuredReport:

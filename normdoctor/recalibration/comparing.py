@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from normdoctor.data import Batch
 from normdoctor.findings import Finding
 from normdoctor.layers import Checkpoint, Model, NormLayer, Vector
-from normdoctor.measured import Measurement, Recalibrated
+from normdoctor.measured import Measurement, Preprocessing, Recalibrated
 from normdoctor.measurement.lockstep import Progress, Tallies, as_stored
 from normdoctor.measurement.processes import Processes
 from normdoctor.measurement.walks import Look, Walker
 from normdoctor.moments import Moments
 from normdoctor.recalibration.judging import Judge, Judgement, Verdict, merged_judge
 from normdoctor.recalibration.records import MeasuredReport
-from normdoctor.rules.calibration_data import recalibration_hurts, too_little_data
+from normdoctor.rules.calibration_data import input_scale, recalibration_hurts, too_little_data
 from normdoctor.rules.runner import examine
 
 
@@ -63,11 +63,16 @@ def _outputs(walker: Walker, batch: Batch, tallies: Tallies | None = None) -> di
 
 
 def said_of(
-    report: MeasuredReport, judgement: Judgement | None, checkpoint: Checkpoint, layers: Iterable[NormLayer]
+    report: MeasuredReport,
+    judgement: Judgement | None,
+    checkpoint: Checkpoint,
+    layers: Iterable[NormLayer],
+    tried: Sequence[Preprocessing],
 ) -> tuple[Finding, ...]:
-    """What rules say of new statistics: D606 of how much data they rest on, D605 of what became of the outputs.
+    """What rules say of new statistics: D606 of how much data they rest on, D608 of how that is prepared, D605 of
+    what became of the outputs.
 
-    layers: those that were measured, with what was seen of them."""
+    layers: those that were measured, with what was seen of them. tried: other preparations of the data."""
     accuracy = None if judgement is None else judgement.accuracy
     entropy = None if judgement is None else judgement.entropy
     measurement = Measurement(
@@ -76,6 +81,8 @@ def said_of(
         batches=report.batches,
         order=tuple(row.layer for row in report.rows),
         accuracy=None if accuracy is None else accuracy.before,
+        options=report.options,
+        preprocessing=tuple(tried),
         recalibrated=Recalibrated(
             accuracy=None if accuracy is None else accuracy.after,
             p_value=None if accuracy is None else accuracy.p_value,
@@ -84,7 +91,7 @@ def said_of(
         ),
     )
     model = Model(key=None, layers=tuple(layers), measurement=measurement)
-    return examine(replace(checkpoint, models=(model,)), [recalibration_hurts, too_little_data]).findings
+    return examine(replace(checkpoint, models=(model,)), [recalibration_hurts, too_little_data, input_scale]).findings
 
 
 def worse(judgement: Judgement) -> str | None:

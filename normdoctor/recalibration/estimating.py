@@ -7,12 +7,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from normdoctor.data.copies import digests
 from normdoctor.data.dataset import Dataset, Part
 from normdoctor.data.opening import open_data
 from normdoctor.errors import InputError, RefusedError, UsageError, VerificationError
@@ -26,9 +28,10 @@ from normdoctor.layers import (
     Vector,
     median,
 )
+from normdoctor.measured import Preprocessing
 from normdoctor.measurement.calibration import Calibration
 from normdoctor.measurement.lockstep import Tallies, exact, one_pass, stored_variance
-from normdoctor.measurement.measuring import count_batches, whole_batches
+from normdoctor.measurement.measuring import GLANCED_AT, count_batches, preparation, whole_batches
 from normdoctor.measurement.memory import held_batches
 from normdoctor.measurement.opening import Opened, layers_of, open_walker
 from normdoctor.measurement.processes import ALONE, Processes
@@ -44,11 +47,15 @@ from normdoctor.recalibration.records import LayerChange, MeasuredReport, Method
 from normdoctor.recalibration.write_back import Change, check_unshared
 from normdoctor.recalibration.writing_back import write_changes
 from normdoctor.rules.calibration_data import too_little_data
+from normdoctor.rules.verdict import PREPARED_LIMITS
 from normdoctor.rules.wording import plural
 from normdoctor.writing import folder_beside
 
 TOO_FEW = too_little_data.limits["least"]
 """Independent values per channel below which a variance is off by a quarter and more: refused."""
+
+FAR_OFF = 1.0
+"""Divergence at the first norm, in nats, that no staleness of its statistics brings about."""
 
 DEFAULT_PRIOR = 16.0
 """Samples that stored statistics count for in a blend where nobody says how many."""
@@ -70,10 +77,10 @@ class Order:
     dry_run: bool
 
     def __post_init__(self) -> None:
-        if self.until is not None and (self.method != "one-pass" or not 0 < self.until < 1):
-            raise UsageError(
-                "--until is a share between 0 and 1, for --method one-pass", "Write --method one-pass --until 0.01."
-            )
+        if self.until is not None and self.method != "one-pass":
+            raise UsageError("--until is for --method one-pass", "Add it, or leave --until out.")
+        if self.until is not None and not 0 < self.until < 1:
+            raise UsageError(f"--until {self.until:g}: not a share between 0 and 1", "Write it like --until 0.01.")
         if self.prior is not None and self.method != "blend":
             raise UsageError("--prior is for --method blend", "Add it, or leave --prior out.")
         if self.prior is not None and not (math.isfinite(self.prior) and self.prior >= 0):
@@ -140,6 +147,7 @@ class _Job:
     order: Order
     wanted: dict[str, NormLayer]
     processes: Processes
+    notes: list[str] = field(default_factory=list)
 
     def run(self, model: Any, target: Path | None) -> MeasuredReport:
         chosen = {name: layer for name, layer in self.wanted.items() if name in self.opened.walker.norms}
@@ -150,6 +158,7 @@ class _Job:
                 f"{self.checkpoint.path}: none of {plural(len(left), 'norm')} can be recalibrated: {reasons}",
                 "Recalibrate the model that the file was made from.",
             )
+        tried = self._check_preparation()
         begin = time.perf_counter()
         tallies = self._measure(chosen)
         seconds = time.perf_counter() - begin
@@ -176,15 +185,15 @@ class _Job:
             prior=self._prior if self.order.method == "blend" else None,
             rows=rows,
             left=left,
-            notes=tuple(self.opened.notes),
+            notes=(*self.opened.notes, *self.notes),
             options=self.asked.words,
             seconds=seconds,
             dry_run=self.order.dry_run,
         )
-        report = replace(report, findings=said_of(report, None, self.checkpoint, seen))
+        report = replace(report, findings=said_of(report, None, self.checkpoint, seen, tried))
         if self.checkpoint.container is not Container.ONNX:  # there each norm gets tensors of its own
             check_unshared(changes, self.checkpoint.list_references())
-        report = self._judged_and_written(model, report, new, seen, changes, target)
+        report = self._judged_and_written(model, report, new, seen, tried, changes, target)
         return replace(report, notes=(*report.notes, *self.data.notes))
 
     # measuring
@@ -207,7 +216,13 @@ class _Job:
                 return self._settled(name, tally) if name in chosen else None
 
             batches = held_batches(self.opened, self.data, self.order.memory, self._part)
-            return exact(walker, batches, settle=settle, progress=progress, processes=self.processes)
+            tallies = exact(walker, batches, settle=settle, progress=progress, processes=self.processes)
+            different = len(set().union(*self.processes.gather(digests(batches))))
+            if 0 < different < tallies.samples:
+                for tally in tallies.of.values():
+                    tally.share_different = different / tallies.samples
+                self.notes.append(f"only {different:,} of {tallies.samples:,} samples are different")
+            return tallies
         finally:
             walker.restore()
 
@@ -229,6 +244,22 @@ class _Job:
             assert mean is not None and var is not None
             return blend(mean, var, moments, prior=self._prior, samples=tally.samples, ddof=ddof)
         return moments.mean, stored_variance(moments, ddof)
+
+    def _check_preparation(self) -> tuple[Preprocessing, ...]:
+        """Raise RefusedError for data that is plainly prepared otherwise than for the training; what was tried."""
+        batches = list(islice(whole_batches(self.data, self.opened.fixed_batch, self._part), GLANCED_AT))
+        tried = preparation(self.opened, batches, self.asked.taken)
+        if tried and not self.order.force and tried[0].divergence > FAR_OFF:
+            best = min(tried[1:], key=lambda one: one.divergence)
+            if best.divergence < PREPARED_LIMITS["explained"]:
+                way = f"Add {best.options}" if best.options else "Prepare it so"
+                raise RefusedError(
+                    f"{self.data.words}: is not prepared as for the training: what the first norm sees is "
+                    f"{tried[0].divergence:.3g} nats from its statistics as given, and {best.divergence:.2g} "
+                    f"{best.words} (D608)",
+                    f"{way}; or --force, where the statistics at the input are what is wrong.",
+                )
+        return tried
 
     def _check_batches(self, tallies: Tallies) -> None:
         if not tallies.batches:
@@ -292,12 +323,13 @@ class _Job:
         report: MeasuredReport,
         new: Mapping[str, tuple[Vector, Vector]],
         seen: Sequence[NormLayer],
+        tried: Sequence[Preprocessing],
         changes: Sequence[Change],
         target: Path | None,
     ) -> MeasuredReport:
         mark = f"{self.order.method} {report.samples} samples"
         if target is None:
-            report = self._judged(report, new, seen, self.opened.walker, both=True)
+            report = self._judged(report, new, seen, tried, self.opened.walker, both=True)
             self.processes.barrier()
             if not self.order.dry_run and self.checkpoint.container is Container.MEMORY:
                 write_changes(self.checkpoint, changes, None, mark)
@@ -307,7 +339,7 @@ class _Job:
             notes = write_changes(self.checkpoint, changes, first, mark, share_data=False)
             if self.order.verify:
                 with open_checkpoint(first) as written, open_walker(first, written, self.asked.run) as after:
-                    report = self._judged(report, new, seen, after.walker, both=False)
+                    report = self._judged(report, new, seen, tried, after.walker, both=False)
             self.processes.barrier()  # nothing gets its name where another process is gone
             alone = first.is_file() and len(list(folder.iterdir())) == 1
             if alone:
@@ -324,6 +356,7 @@ class _Job:
         report: MeasuredReport,
         new: Mapping[str, tuple[Vector, Vector]],
         seen: Sequence[NormLayer],
+        tried: Sequence[Preprocessing],
         after: Walker,
         *,
         both: bool,
@@ -346,7 +379,7 @@ class _Job:
         )
         rows = tuple(self._with_residual(row, inputs.get(row.layer), new[row.layer]) for row in report.rows)
         report = replace(report, rows=rows, judgement=judgement)
-        report = replace(report, findings=said_of(report, judgement, self.checkpoint, seen))
+        report = replace(report, findings=said_of(report, judgement, self.checkpoint, seen, tried))
         problem = None if self.order.force else worse(judgement)
         if problem is not None:
             raise VerificationError(

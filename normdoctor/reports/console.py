@@ -146,13 +146,17 @@ class _Page:
         self._paragraph(worst.message, INDENT)
         if worst.severity > Severity.INFO:
             self._paragraph(worst.rule.why, INDENT)
-            self._fix(worst.fix)
+            self._fix(worst.fix, self.report.drift.command if self.report.drift else "")
         self._line(f"{' ' * INDENT}source: {worst.rule.reference}")
         self._line()
 
-    def _fix(self, fix: str) -> None:
-        """A command stays on one line however long, so that it can be copied."""
+    def _fix(self, fix: str, elsewhere: str = "") -> None:
+        """A command stays on one line however long, so that it can be copied.
+
+        elsewhere: the command that stands under the verdict on the statistics, and need not be said twice."""
         prose, command = split_fix(fix)
+        if command and command == elsewhere:
+            prose, command = f"{prose} see drift below".lstrip(), ""
         if prose:
             self._paragraph(f"fix: {prose}", INDENT)
         if not command:

@@ -9,7 +9,7 @@ import numpy as np
 
 from normdoctor.findings import Confidence, Context, Observation, Rule, Scope, Severity, rule
 from normdoctor.layers import TRACKING_KINDS, NormLayer, median
-from normdoctor.measured import Measured
+from normdoctor.measured import DriftVerdict, Measured
 from normdoctor.rules.divergence import BATCHES_FOR_SPREAD
 from normdoctor.rules.guards import in_use
 from normdoctor.rules.verdict import PREPARED_LIMITS, better_prepared, effective_values
@@ -17,6 +17,9 @@ from normdoctor.rules.wording import number, percent, plural, some_of, where
 
 GATES = frozenset({"relu", "relu6"})
 """Activations that pass nothing on below 0."""
+
+PREPARE = "prepare the data as the model was trained"
+INSPECT_AGAIN = "normdoctor inspect {path}{data}"
 
 
 @rule(
@@ -52,7 +55,7 @@ def recalibration_hurts(layers: tuple[NormLayer, ...], context: Context) -> Iter
             tested = "" if after.p_value is None else f" (McNemar p = {number(after.p_value)})"
             yield Observation(
                 message=f"With statistics measured anew {percent(after.accuracy)} of {plural(seen.samples, 'sample')} "
-                f"are right, with the stored ones {percent(seen.accuracy)}{tested}.",
+                f"{'is' if seen.samples == 1 else 'are'} right, with the stored ones {percent(seen.accuracy)}{tested}.",
                 evidence={"before": seen.accuracy, "after": after.accuracy, "p_value": after.p_value},
                 subject=context.model.key or "",
             )
@@ -179,11 +182,14 @@ def input_scale(layers: tuple[NormLayer, ...], context: Context) -> Iterator[Obs
     given = seen.preprocessing[0]
     yield Observation(
         message=f"The inputs of the first norm diverge from its buffers by {number(given.divergence)} nats with the "
-        f"data as given, and by {number(better.divergence)} with {better.words}.",
+        f"data as given, and by {number(better.divergence)} with it prepared otherwise: {better.words}.",
         evidence={
             "tried": [one.words for one in seen.preprocessing],
             "divergences": [one.divergence for one in seen.preprocessing],
         },
+        fix=f"{PREPARE}, then: {INSPECT_AGAIN} {better.options}"
+        if better.options
+        else f"{PREPARE}, where it is made: {better.words}",
         subject=context.model.key or "",
     )
 
@@ -199,13 +205,15 @@ def input_scale(layers: tuple[NormLayer, ...], context: Context) -> Iterator[Obs
     why="A channel that never passes the ReLU does no work and gets no gradient.",
     fix="prune these channels, or train on with a smaller learning rate; more data may still wake some",
     reference="https://arxiv.org/abs/1903.06733",
-    limits={"warning": 0.1, "error": 0.9},
+    limits={"warning": 0.1, "error": 0.9, "samples": 32},
 )
 def dead_on_data(layer: NormLayer, context: Context) -> Iterator[Observation]:
     """Channels whose output is never above 0 on any sample, in front of a ReLU or ReLU6.
 
     No firing in K samples means that at most 3 / K of all samples make it fire (95 % sure). Channels with a gain of
-    next to 0 are A202's and are left out. Info; a warning from 10 % of the channels on, an error from 90 %.
+    next to 0 are A202's and are left out. Info; a warning from 10 % of the channels on, an error from 90 %. Not said
+    below 32 samples, nor where the statistics are broken or stale (D603) or the data is prepared otherwise than for
+    training (D608), for such channels only look dead.
 
     Harmless where the data lacks what these channels look for. Example: 7 of 64 channels never fire on 1,000
     images, so they do on fewer than 0.3 %.
@@ -215,9 +223,11 @@ def dead_on_data(layer: NormLayer, context: Context) -> Iterator[Observation]:
         return
     if layer.running_var is not None and not layer.lengths_agree:
         return
+    if seen.samples < context.limits["samples"] or not _trusted(layer, context):
+        return
     used = in_use(layer)
     dead = where((seen.active == 0) & used)
-    if not dead or not seen.samples:
+    if not dead:
         return
     share = len(dead) / int(used.sum())
     limits = context.limits
@@ -230,6 +240,17 @@ def dead_on_data(layer: NormLayer, context: Context) -> Iterator[Observation]:
         severity=severity if share >= limits["warning"] else Severity.INFO,
         rank=share,
     )
+
+
+def _trusted(layer: NormLayer, context: Context) -> bool:
+    """Whether what leaves the layer is what left it in training, as far as its numbers and the verdict say."""
+    mean, var, drift = layer.numbers.mean, layer.numbers.var, context.drift
+    if drift is not None and (drift.verdict is DriftVerdict.STALE or drift.prepared):
+        return False
+    assert layer.measured is not None
+    moments = layer.measured.moments
+    vectors = [each for each in (mean, var, moments.mean, moments.m2) if each is not None]
+    return all(np.isfinite(each).all() for each in vectors) and (var is None or bool((var >= 0).all()))
 
 
 @rule(

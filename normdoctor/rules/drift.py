@@ -12,11 +12,12 @@ from normdoctor.layers import TRACKING_KINDS, NormLayer, median
 from normdoctor.measured import Drift, DriftVerdict
 from normdoctor.rules.divergence import Shift, shift_of
 from normdoctor.rules.guards import for_size, frozen
-from normdoctor.rules.verdict import TOO_LITTLE, VERDICT_LIMITS, effective_values, prepared_otherwise, quantile
+from normdoctor.rules.verdict import TOO_LITTLE, VERDICT_LIMITS, effective_values, quantile
 from normdoctor.rules.wording import number, percent, plural, some_of
 
 STATISTICS = ("measured", "running_mean", "running_var")
 REPEAT = f"make sure that the data is what the model is for, prepared as for training; then: {MEASURE_ANEW}"
+PREPARE_FIRST = "first prepare the data as the model was trained (D608)"
 
 
 @rule(
@@ -62,6 +63,7 @@ def mean_shift(layer: NormLayer, context: Context) -> Iterator[Observation]:
         channels=far,
         evidence={"shift": middle, "shift_p95": high, **_extent(layer, shift)},
         severity=severity,
+        fix=_step(context),
         rank=high,
     )
 
@@ -109,6 +111,7 @@ def variance_shift(layer: NormLayer, context: Context) -> Iterator[Observation]:
         channels=far,
         evidence={"ratio": ratio, **_extent(layer, shift)},
         severity=severity,
+        fix=_step(context),
         rank=abs(middle),
     )
 
@@ -204,6 +207,7 @@ def _of_layer(layer: NormLayer, shift: Shift, context: Context) -> Iterator[Obse
         channels=far,
         evidence={"divergence": middle, "divergence_p95": high, **_extent(layer, shift)},
         severity=severity,
+        fix=_step(context),
         rank=high,
     )
 
@@ -218,9 +222,18 @@ def _level(layer: NormLayer, shift: Shift, severity: Severity, context: Context)
         allowed, remarks = Severity.INFO, f" Seen on {plural(layer.measured.samples, 'sample')} only."
     if frozen(layer):
         allowed, remarks = allowed.lowered(), remarks + " The layer is frozen: by design?"
-    if prepared_otherwise(context.model.measurement) is not None:
+    if _prepared_otherwise(context):
         allowed, remarks = allowed.lowered(), remarks + " The data may be prepared otherwise than for training (D608)."
     return allowed, remarks
+
+
+def _prepared_otherwise(context: Context) -> bool:
+    return context.drift is not None and bool(context.drift.prepared)
+
+
+def _step(context: Context) -> str | None:
+    """The fix where it is not the rule's own: statistics of data that is prepared wrongly repair nothing."""
+    return PREPARE_FIRST if _prepared_otherwise(context) else None
 
 
 def _extent(layer: NormLayer, shift: Shift) -> dict[str, int | float | None]:

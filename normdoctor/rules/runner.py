@@ -40,6 +40,7 @@ from normdoctor.layers import (
     NormLayer,
 )
 from normdoctor.measured import Drift
+from normdoctor.rules.calibration_data import INSPECT_AGAIN, input_scale
 from normdoctor.rules.drift import stat_divergence
 from normdoctor.rules.verdict import drift_of
 
@@ -132,8 +133,10 @@ def examine(
 
 
 def _drift(model: Model, settings: Settings) -> Drift | None:
-    limits = {**stat_divergence.limits, **settings.limits.get(stat_divergence.code, {})}
-    return drift_of(model, limits, settings.train_batch)
+    limits, prepared = (
+        {**each.limits, **settings.limits.get(each.code, {})} for each in (stat_divergence, input_scale)
+    )
+    return drift_of(model, limits, settings.train_batch, prepared)
 
 
 def _of_wanted(drift: Drift, unwanted: Collection[str], checkpoint: Checkpoint) -> Drift:
@@ -194,6 +197,8 @@ class _Run:
             if self.rule.assumes and self.settings.assume:
                 assumed = {name: DEFAULTS[name] for name in missing if name in ASSUMABLE_FIELDS}
                 missing = tuple(name for name in missing if name not in assumed)
+            if DATA_FIELD in missing and model.measurement is not None:
+                continue  # it was run, and this layer could not be measured: more data does not help
             if missing:
                 self._missing[layer.name] = missing
                 continue
@@ -341,6 +346,7 @@ def fill_in(fix: str, checkpoint: Checkpoint, momentum: str = "", layer: NormLay
     if checkpoint.container is Container.MEMORY:
         fix = fix.replace(DEBIAS_COMMAND, 'normdoctor.recalibrate(module, method="debias")')
         fix = fix.replace(MEASURE_ANEW, "normdoctor.recalibrate(module, data)")
+        fix = fix.partition(f", then: {INSPECT_AGAIN}")[0]  # its data is prepared in the user's own code
     path = Path(checkpoint.path)
     words = {"{path}": str(path), "{fixed}": str(repaired_path(path)) if path.name else "fixed"}
     for placeholder, word in words.items():

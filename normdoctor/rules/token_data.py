@@ -87,8 +87,9 @@ def tanh_likeness(layers: tuple[NormLayer, ...], context: Context) -> Iterator[O
         return
     alphas = [each.measured.tanh_alpha for each in curves if each.measured and each.measured.tanh_alpha is not None]
     span = f" with alpha {number(min(alphas))} to {number(max(alphas))}" if alphas else ""
+    verb = "acts" if len(curves) == 1 else "act"
     yield Observation(
-        message=f"Of {plural(seen, 'LayerNorm')} {len(curves)} act like a tanh{span}, {len(lines)} like a straight "
+        message=f"Of {plural(seen, 'LayerNorm')} {len(curves)} {verb} like a tanh{span}, {len(lines)} like a straight "
         f"line and {seen - len(curves) - len(lines)} like neither.",
         evidence={
             "tanh": [layer.name for layer in curves],

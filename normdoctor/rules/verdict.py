@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from normdoctor.findings import MEASURE_ANEW
-from normdoctor.layers import Model, NormLayer, Vector, median
-from normdoctor.measured import Drift, DriftVerdict, LayerDrift, Measurement, Preprocessing
+from normdoctor.layers import TRACKING_KINDS, Model, NormLayer, Vector, median
+from normdoctor.measured import Drift, DriftVerdict, LayerDrift, Preprocessing
 from normdoctor.rules.divergence import Shift, shift_of
 from normdoctor.rules.guards import FEW
+from normdoctor.rules.wording import plural
 
 VERDICT_LIMITS: Mapping[str, float] = {"model": 1.5e-3, "deviations": 6.0, "beyond": 0.2}
 """Median divergence in nats; standard errors, and the share of channels that are further off. benchmarks/drift.md"""
@@ -28,22 +29,29 @@ MEANINGS = {
     DriftVerdict.NOISY: "The stored statistics are off by no more than averages over so few values are: momentum is "
     "large or the batches were small. Measured anew they lose that noise.",
     DriftVerdict.STALE: "The stored statistics are not those of this data: they do not belong to these weights, or "
-    "the model was trained on other data. If this is the data the model is for, measure them anew.",
+    "the moving average lags behind weights that still moved, or the model was trained on other data. If this is the "
+    "data the model is for, measure them anew.",
 }
 
 
-def drift_of(model: Model, limits: Mapping[str, float], train_batch: int | None = None) -> Drift | None:
-    """Compare all layers that were measured; None where the model was not run on data.
+def drift_of(
+    model: Model,
+    limits: Mapping[str, float],
+    train_batch: int | None = None,
+    prepared_limits: Mapping[str, float] = PREPARED_LIMITS,
+) -> Drift | None:
+    """Compare all layers that were measured; None where the model has no statistics or was not run on data.
 
-    limits: those of D603. The command still has its placeholders."""
+    limits: those of D603; prepared_limits: those of D608. The command still has its placeholders."""
     seen = model.measurement
-    if seen is None:
+    if seen is None or not any(_has_statistics(layer) for layer in model.layers):
         return None
+    better = better_prepared(seen.preprocessing, prepared_limits)
     shifts = {layer: shift for layer in model.layers if (shift := shift_of(layer, train_batch)) is not None}
     divergence, noise = _middle([s.divergence for s in shifts.values()]), _middle([s.noise for s in shifts.values()])
     tested = [np.full(len(s.channels), np.nan) if s.tested is None else s.tested for s in shifts.values()]
     beyond = _beyond(np.concatenate(tested) if tested else np.empty(0), limits["deviations"])
-    doubt = _doubt(model, shifts, divergence, noise, limits)
+    doubt = _doubt(model, shifts, divergence, noise, limits, better)
     verdict = DriftVerdict.UNKNOWN if doubt else _verdict(divergence or 0.0, noise or 0.0, beyond, limits)
     rows = [row for layer, shift in shifts.items() if (row := _row(layer, shift, limits["deviations"])) is not None]
     return Drift(
@@ -61,7 +69,12 @@ def drift_of(model: Model, limits: Mapping[str, float], train_batch: int | None 
         disagreement=seen.disagreement,
         output_change=seen.output_change,
         accuracy=seen.accuracy,
+        prepared="" if better is None else better.words,
     )
+
+
+def _has_statistics(layer: NormLayer) -> bool:
+    return layer.kind in TRACKING_KINDS and layer.running_mean is not None and layer.running_var is not None
 
 
 def _verdict(divergence: float, noise: float, beyond: float | None, limits: Mapping[str, float]) -> DriftVerdict:
@@ -80,6 +93,7 @@ def _doubt(
     divergence: float | None,
     noise: float | None,
     limits: Mapping[str, float],
+    better: Preprocessing | None,
 ) -> str:
     """Why no verdict can be given; empty where it can."""
     if model.untrained:
@@ -91,13 +105,11 @@ def _doubt(
             "are not finite. Repair what S101 and S102 name first."
         )
     if divergence is None or noise is None or counted < FEW:
-        return f"Only {counted} channels with statistics could be compared: too few for a verdict."
-    assert model.measurement is not None
-    better = better_prepared(model.measurement.preprocessing, PREPARED_LIMITS)
+        return f"Only {plural(counted, 'channel')} with statistics could be compared: too few for a verdict."
     if better is not None:
         return (
-            f"The data does not seem to be prepared as for training: with {better.words} it would fit the first norm. "
-            "Prepare it like that before anything is said about the statistics."
+            f"The data does not seem to be prepared as for training: otherwise ({better.words}) it would fit the first "
+            "norm. Prepare it like that before anything is said about the statistics."
         )
     if noise > limits["model"] and divergence < limits["model"] + 3 * noise:
         return (
@@ -113,11 +125,6 @@ def better_prepared(tried: tuple[Preprocessing, ...], limits: Mapping[str, float
     given, best = tried[0], min(tried[1:], key=lambda one: one.divergence)
     doubtful = given.divergence > limits["given"] and best.divergence < limits["explained"]
     return best if doubtful and given.divergence > limits["better"] * best.divergence else None
-
-
-def prepared_otherwise(seen: Measurement | None) -> Preprocessing | None:
-    """What the data was probably prepared like in training, where that is not how it was given."""
-    return None if seen is None else better_prepared(seen.preprocessing, PREPARED_LIMITS)
 
 
 def effective_values(layer: NormLayer) -> float | None:
