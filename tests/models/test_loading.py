@@ -60,7 +60,7 @@ def test_a_whole_module(here: Path) -> None:
     loaded = open_model(here / "module.pt", trust=True)
     assert type(loaded.model).__name__ == "Net" and not loaded.evaluation
     chosen = open_model(here / "modules.pt", trust=True, key="ema")
-    assert any("optimizer" in note for note in chosen.notes)
+    assert any("optimizer" in note for note in chosen.losses)
     with pytest.raises(nd.UsageError, match="holds 2 models"):
         open_model(here / "modules.pt", trust=True)
 

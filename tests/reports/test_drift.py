@@ -15,7 +15,7 @@ import pytest
 
 from normdoctor.findings import Report, Survey
 from normdoctor.layers import Checkpoint, Container, Model, NormKind, NormLayer
-from normdoctor.measured import DriftVerdict, Measured, Measurement
+from normdoctor.measured import DriftVerdict, Measured, Measurement, Preprocessing
 from normdoctor.moments import Moments
 from normdoctor.reports import console, csv, github, markdown, sarif
 from normdoctor.reports import json as json_report
@@ -70,7 +70,10 @@ def test_the_verdict_comes_with_its_numbers_and_the_next_command(make_layer: Bui
     assert "drift    stale" in text
     command = "normdoctor recalibrate model.pt --data 'my data.npy' --arch nets:ResNet -o"
     assert f"{command} model.recalibrated.pt\n" in text, "in one line"
+    assert text.count("normdoctor recalibrate") == 1, "under the verdict, once"
     together = " ".join(text.split())
+    assert together.count("prepared as for training; then: see drift below") == 4
+    assert all(command in finding.fix for finding in report.findings if finding.code[:3] == "D60")
     assert "my data.npy: 1,024 samples in 32 batches; median KL" in together
     assert "12 % of the answers change and the outputs move by 40 %. 50 % of the answers are right." in together
     assert "statistics stale on this data" in together
@@ -112,6 +115,34 @@ def test_what_was_not_compared_is_named(make_layer: Build) -> None:
     assert "not compared: `bn9`, never reached" in markdown.render(Survey(reports=(report,)))
 
 
+def test_what_cannot_be_measured_asks_for_no_data(make_layer: Build) -> None:
+    layers = (make_layer(name="gn", kind=NormKind.GROUP), make_layer(name="ln", kind=NormKind.LAYER))
+    seen = Measurement(data="d.npy", samples=64, batches=2, order=())
+    survey = Survey(reports=(without_data(*layers, measurement=seen),))
+    for text in (shown(survey.reports[0], verbose=True), github.render(survey), markdown.render(survey)):
+        assert "data (--data)" not in text and "need data" not in text and "could be compared" not in text
+    (file,) = json.loads(json_report.render(survey))["files"]
+    assert file["drift"] is None and not [skip for skip in file["skips"] if "measured" in skip["missing"]]
+
+
+def test_stale_statistics_may_lag_behind(make_layer: Build) -> None:
+    report = run_on_data(make_layer, "bn1", off=0.3)
+    assert (
+        report.drift is not None and "the moving average lags behind weights that still moved" in report.drift.meaning
+    )
+
+
+def test_a_live_module_whose_data_is_prepared_otherwise_gets_no_command(make_layer: Build) -> None:
+    tried = (
+        Preprocessing(words="as given", divergence=5.0),
+        Preprocessing(words="divided by 255", divergence=0.001, options="--scale 1/255"),
+    )
+    for container, end in ((Container.MEMORY, "was trained"), (Container.ZIP, "--arch nets:ResNet --scale 1/255")):
+        report = run_on_data(make_layer, "bn1", off=3.0, container=container, preprocessing=tried)
+        (fix,) = (finding.fix for finding in report.findings if finding.code == "D608")
+        assert fix.endswith(end)
+
+
 def test_a_live_module_is_repaired_through_the_api(make_layer: Build) -> None:
     report = run_on_data(make_layer, "bn1", off=0.3, container=Container.MEMORY)
     assert report.drift is not None and report.drift.command == "normdoctor.recalibrate(module, data)"
@@ -126,7 +157,7 @@ def test_json_has_the_record_under_its_own_names(make_layer: Build) -> None:
     file = json.loads(json_report.render(Survey(reports=(report,))), parse_constant=refuse)["files"][0]
     assert set(file["drift"]) == {
         "data", "samples", "batches", "verdict", "meaning", "command", "divergence", "noise", "beyond", "layers",
-        "left", "disagreement", "output_change", "accuracy",
+        "left", "disagreement", "output_change", "accuracy", "prepared",
     }  # fmt: skip
     assert file["drift"]["verdict"] == "stale" and file["drift"]["output_change"] == "inf"
     assert set(file["drift"]["layers"][0]) == {
@@ -163,8 +194,9 @@ def test_hostile_names_do_no_harm(make_layer: Build) -> None:
     json.loads(sarif.render(survey))
 
 
-def without_data(*layers: NormLayer, codes: str = "") -> Report:
-    model = Model(key=None, layers=layers)
+def without_data(*layers: NormLayer, codes: str = "", measurement: Measurement | None = None) -> Report:
+    """A report of layers of which nothing was measured."""
+    model = Model(key=None, layers=layers, measurement=measurement)
     checkpoint = Checkpoint(path="model.pt", format="test", container=Container.ZIP, models=(model,))
     return examine(checkpoint, [rule for rule in RULES if rule.code.startswith(codes)])
 

@@ -10,7 +10,7 @@ import pytest
 
 from normdoctor.findings import Confidence, Severity
 from normdoctor.layers import Danger, LoadCall, NormKind
-from normdoctor.measured import Measured, Measurement, Preprocessing, Recalibrated
+from normdoctor.measured import DriftVerdict, Measured, Measurement, Preprocessing, Recalibrated
 from normdoctor.moments import Moments
 from normdoctor.rules import RULES
 
@@ -1030,6 +1030,23 @@ DRIFT = [
         severity=INFO,
     ),
     silent("D609", "all fire", measured(active=np.full(16, 1e-6), gate="relu")),
+    silent("D609", "a NaN mean", {"running_mean": {3: NAN}} | measured(active=np.zeros(16), gate="relu")),
+    silent("D609", "a negative variance", {"running_var": {3: -1.0}} | measured(active=np.zeros(16), gate="relu")),
+    silent(
+        "D609",
+        "NaN on the way to it",
+        measured(np.where(np.arange(16) < 2, NAN, 0.0), active=np.where(np.arange(16) < 2, 0.0, 0.4), gate="relu"),
+    ),
+    silent("D609", "stale: dead in appearance", measured(0.9 * SIGNS, active=np.zeros(16), gate="relu"), **told()),
+    silent(
+        "D609",
+        "the data is prepared otherwise",
+        measured(0.9, active=np.zeros(16), gate="relu"),
+        **tried(5.0, 4000.0, 0.001),
+    ),
+    fires("D609", "healthy statistics", measured(active=np.zeros(16), gate="relu"), at=ALL, severity=ERROR, **told()),
+    fires("D609", "32 samples", measured(samples=32, active=np.zeros(16), gate="relu"), at=ALL, severity=ERROR),
+    silent("D609", "31 samples", measured(samples=31, active=np.zeros(16), gate="relu")),
     silent("D609", "no ReLU behind it", measured(active=np.zeros(16), gate="gelu")),
     silent("D609", "switched off is A202's", {"weight": {3: 0.0}} | measured(active=np.arange(16) != 3, gate="relu")),
     fires("D610", "sorted by class", measured(mean_spread=np.sqrt(0.4 * VAR)), at={None: []}, severity=WARNING),
@@ -1150,6 +1167,61 @@ def test_messages_name_the_numbers(judge) -> None:
     assert "torch's 0.01" in said["C303"]
     assert said["C311"].startswith("Lengths differ: ")
     assert "weight 12 values" in said["C311"] and "running_var 16 values" in said["C311"]
+
+
+def prepared(words: str, options: str = "") -> Measurement:
+    """The measurement of a model that fits the data only when it is prepared otherwise."""
+    tried = (
+        Preprocessing(words="as given", divergence=5.0),
+        Preprocessing(words="times 255", divergence=4000.0, options="--scale 255"),
+        Preprocessing(words=words, divergence=0.001, options=options),
+    )
+    return replace(CALIBRATION, preprocessing=tried, options="--data 'my data.npy'", disagreement=0.4)
+
+
+def test_data_prepared_otherwise_is_prepared_first(judge) -> None:
+    """D608 says how, and no other finding about the data offers new statistics."""
+    off = {"measured": seen(0.9 * SIGNS, 3.0, worth=4.0)}
+    usual = "--scale 1/255 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"
+    codes = {"D601", "D602", "D603", "D604", "D608"}
+    report = judge(off, codes=codes, measurement=prepared("with ImageNet's mean and std", usual), path="my net.pt")
+    fixes = {finding.code: finding.fix for finding in report.findings}
+    assert set(fixes) == codes - {"D604"}
+    command = f"normdoctor inspect 'my net.pt' --data 'my data.npy' {usual}"
+    assert fixes.pop("D608") == f"prepare the data as the model was trained, then: {command}"
+    assert set(fixes.values()) == {"first prepare the data as the model was trained (D608)"}
+    (finding,) = (finding for finding in report.findings if finding.code == "D608")
+    assert "with with" not in finding.message and "with ImageNet's mean and std" in finding.message
+    assert report.drift is not None and report.drift.verdict is DriftVerdict.UNKNOWN
+    assert "with with" not in report.drift.meaning and "with ImageNet's mean and std" in report.drift.meaning
+    assert report.drift.command == "" and report.drift.prepared == "with ImageNet's mean and std"
+
+
+def test_what_no_option_prepares_is_said_in_prose(judge) -> None:
+    off = measured(0.9 * SIGNS)
+    (finding,) = judge(off, codes={"D608"}, measurement=prepared("channels swapped (RGB and BGR)")).findings
+    assert finding.fix == (
+        "prepare the data as the model was trained, where it is made: channels swapped (RGB and BGR)"
+    )
+
+
+def test_the_limits_of_the_preparation_hold_for_the_verdict_too(judge) -> None:
+    lax = judge(measured(0.9 * SIGNS), measurement=prepared("divided by 255"), limits={"D608": {"given": 100.0}})
+    assert "D608" not in {finding.code for finding in lax.findings}
+    assert lax.drift is not None and lax.drift.verdict is DriftVerdict.STALE
+    (finding,) = (finding for finding in lax.findings if finding.code == "D601")
+    assert "normdoctor recalibrate" in finding.fix
+
+
+def test_one_of_something_has_its_verb(judge) -> None:
+    worse = told(accuracy=1.0, samples=1, recalibrated=Recalibrated(accuracy=0.0))
+    (finding,) = judge(measured(), codes={"D605"}, **worse).findings
+    assert "0 % of 1 sample is right" in finding.message
+    (finding,) = judge(LAYER_NORM | tokens(tanh_fit=0.95, linear_fit=0.8, tanh_alpha=0.4), codes={"T706"}).findings
+    assert "Of 1 LayerNorm 1 acts like a tanh" in finding.message
+    single = {"channels": 1, "running_mean": MEAN[:1], "running_var": VAR[:1]}
+    report = judge(single | measured(mean=MEAN[:1], var=VAR[:1]), **told())
+    assert report.drift is not None and report.drift.meaning.startswith("Only 1 channel with statistics could")
 
 
 def test_confidence_follows_the_evidence(judge) -> None:

@@ -39,6 +39,25 @@ def other_skips(report: Any) -> tuple[Any, ...]:
 # what is missing
 
 
+def ran(**said: Any) -> Measurement:
+    return Measurement(data="calib.npy", samples=1000, batches=31, order=("bn",), **said)
+
+
+@pytest.mark.parametrize("kind", [NormKind.GROUP, NormKind.INSTANCE, NormKind.LAYER])
+def test_a_kind_that_cannot_be_measured_needs_no_data_where_there_was_some(kind: NormKind, judge) -> None:
+    layer = {"kind": kind, "running_mean": None, "running_var": None, "num_batches_tracked": None}
+    assert "measured" in {name for skip in judge(layer).skips for name in skip.missing}
+    report = judge(layer, measurement=ran())
+    assert not [skip for skip in report.skips if "measured" in skip.missing]
+    assert report.drift is None, "without statistics there is no verdict on them"
+
+
+def test_norms_without_statistics_keep_a_verdict_on_the_others(judge) -> None:
+    report = judge({}, {"kind": NormKind.GROUP}, measurement=ran(left={"bn0": "never reached"}))
+    assert report.drift is not None and report.drift.left == {"bn0": "never reached"}
+    assert not [skip for skip in report.skips if "measured" in skip.missing]
+
+
 def test_a_bare_state_dict_skips_the_rules_about_eps_momentum_and_mode(judge) -> None:
     report = judge(BARE)
     assert skipped(report) == {
