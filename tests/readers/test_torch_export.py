@@ -395,7 +395,7 @@ def test_debias_writes_buffers_that_torch_loads(slow: tuple[Path, Any], tmp_path
     result = recalibrate(path, method="debias", output=target)
     after = load(target)
     assert "S104" not in {finding.code for finding in inspect(target).findings}
-    repair = result.repairs[0]
+    repair = result.report.repairs[0]
     assert after.state_dict["bn.running_var"].numpy() == pytest.approx(repair.running_var, rel=1e-6)
     assert after.state_dict["bn.running_mean"].numpy() == pytest.approx(repair.running_mean, rel=1e-5, abs=1e-6)
     changed = {name for name, tensor in after.state_dict.items() if not torch.equal(tensor, before.state_dict[name])}

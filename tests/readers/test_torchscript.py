@@ -337,8 +337,8 @@ def test_repaired_buffers_are_what_torch_loads(tmp_path: Path, kind: str) -> Non
     path = archive(net.eval(), tmp_path / "m.pt", *[IMAGE] * (kind == "traced"))
     done = recalibrate(path, method="debias", output=tmp_path / "fixed.pt")
     old, new = load(path).state_dict(), load(tmp_path / "fixed.pt").state_dict()
-    assert [repair.layer.name for repair in done.repairs] == ["1"]
-    np.testing.assert_allclose(new["1.running_var"], done.repairs[0].running_var, rtol=1e-6)
+    assert [repair.layer.name for repair in done.report.repairs] == ["1"]
+    np.testing.assert_allclose(new["1.running_var"], done.report.repairs[0].running_var, rtol=1e-6)
     assert (new["1.running_var"] > old["1.running_var"]).all()
     assert {name for name in old if not torch.equal(old[name], new[name])} == {
         "1.running_mean", "1.running_var", "1.num_batches_tracked",

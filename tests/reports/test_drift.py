@@ -72,7 +72,7 @@ def test_the_verdict_comes_with_its_numbers_and_the_next_command(make_layer: Bui
     assert f"{command} model.recalibrated.pt\n" in text, "in one line"
     assert text.count("normdoctor recalibrate") == 1, "under the verdict, once"
     together = " ".join(text.split())
-    assert together.count("prepared as for training; then: see drift below") == 4
+    assert together.count("prepared as for training; then: see drift below") == 3
     assert all(command in finding.fix for finding in report.findings if finding.code[:3] == "D60")
     assert "my data.npy: 1,024 samples in 32 batches; median KL" in together
     assert "12 % of the answers change and the outputs move by 40 %. 50 % of the answers are right." in together
