@@ -21,6 +21,7 @@ from normdoctor.measurement.scores import Arrays, changed, disagreeing, hits, sc
 from normdoctor.measurement.walks import Look, Walker
 from normdoctor.moments import Moments, divergence, merged
 from normdoctor.rules.verdict import PREPARED_LIMITS
+from normdoctor.rules.wording import plural
 
 COMPARED = 8
 """Batches that are run once more with the statistics of the batch."""
@@ -51,7 +52,12 @@ class Taken(NamedTuple):
         return not self.normalised and not (self.scaled and "--scale" in options)
 
 
-def measure(opened: Opened, data: Dataset, *, batch_size: int, taken: Taken, progress: Progress = silent) -> Seen:
+AS_IT_IS = Taken(scaled=False, normalised=False)
+
+
+def measure(
+    opened: Opened, data: Dataset, *, batch_size: int, taken: Taken = AS_IT_IS, progress: Progress = silent
+) -> Seen:
     """Walk all data through the model as it is stored, and some of it in other ways.
 
     Raises InputError for data that is empty or not finite, UsageError and MisfitError for data that does not fit."""
@@ -122,7 +128,7 @@ def whole_batches(data: Dataset, fixed: int | None, part: Part | None = None) ->
             yield batch
         else:
             left += batch.size
-    note = f"the model takes batches of {fixed} only: {left} samples left out"
+    note = f"the model takes batches of {fixed} only: {plural(left, 'sample')} left out"
     if left and note not in data.remarks:
         data.remarks.append(note)
     if not passed:
@@ -206,7 +212,8 @@ def preparation(opened: Opened, batches: Sequence[Batch], taken: Taken) -> tuple
             return ()
         layer, moments = seen
         divergence = _typical(moments, layer)
-        if not found and (layer.numbers.default_statistics or not divergence > PREPARED_LIMITS["given"]):
+        judged = PREPARED_LIMITS["given"] < divergence < math.inf
+        if not found and (layer.numbers.default_statistics or not judged):
             return ()
         options = tried.options if taken.fits(tried.options) else ""
         found.append(Preprocessing(words=tried.words, divergence=divergence, options=options))
@@ -230,12 +237,13 @@ def _at_first_norm(
 
 
 def _typical(moments: Moments, layer: NormLayer) -> float:
-    """The median over live channels of the divergence, in nats."""
+    """The median over live channels of the divergence, in nats; infinite where most of them have none."""
     mean, var, live = layer.numbers.mean, layer.numbers.var, layer.numbers.live
     if mean is None or var is None:
         return 0.0
-    known = divergence(moments, mean, var)[live]
-    return median(known[np.isfinite(known)])
+    found = divergence(moments, mean, var)[live]
+    known = found[np.isfinite(found)]
+    return median(known) if 2 * known.size > found.size else math.inf
 
 
 class _Tried(NamedTuple):

@@ -255,8 +255,8 @@ class _Job:
                 way = f"Add {best.options}" if best.options else "Prepare it so"
                 raise RefusedError(
                     f"{self.data.words}: is not prepared as for the training: what the first norm sees is "
-                    f"{tried[0].divergence:.3g} nats from its statistics as given, and {best.divergence:.2g} "
-                    f"{best.words} (D608)",
+                    f"{tried[0].divergence:.3g} nats from its statistics as given, and {best.divergence:.2g} with it "
+                    f"prepared otherwise: {best.words} (D608)",
                     f"{way}; or --force, where the statistics at the input are what is wrong.",
                 )
         return tried
@@ -276,8 +276,8 @@ class _Job:
         name = min(values, key=lambda name: values[name])
         if values[name] < TOO_FEW and not self.order.force and self.order.method != "blend":
             raise RefusedError(
-                f"{name}: {plural(tallies.samples, 'sample')} are worth {values[name]:.3g} independent values a "
-                f"channel, too few for a variance ({TOO_FEW:g} at least, 450 and more to be sure)",
+                f"{name}: saw {values[name]:.3g} independent values a channel in {plural(tallies.samples, 'sample')}, "
+                f"too few for a variance ({TOO_FEW:g} at least, 450 and more to be sure)",
                 "Give more data; --method blend mixes few samples with what is stored; --force writes it all the same.",
             )
 

@@ -83,9 +83,9 @@ PREPARATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[
     "trained on 0..255": (lambda x: 255 * x, lambda x: x, "times 255"),
     "BGR": (standard, lambda x: standard(x[:, [2, 1, 0]]), ""),  # the mean of the other colour was taken: see below
     "swapped after": (standard, lambda x: standard(x)[:, [2, 1, 0]], "channels swapped (RGB and BGR)"),
-    "forgot mean and std": (standard, lambda x: x, "with ImageNet's mean and std"),
-    "forgot both": (standard, lambda x: 255 * x, "divided by 255, with ImageNet's mean and std"),
-    "mean and std too much": (lambda x: x, standard, "without ImageNet's mean and std"),
+    "forgot mean and std": (standard, lambda x: x, "normalised by ImageNet's mean and std"),
+    "forgot both": (standard, lambda x: 255 * x, "divided by 255 and normalised by ImageNet's mean and std"),
+    "mean and std too much": (lambda x: x, standard, "without a normalisation by ImageNet's mean and std"),
 }
 
 

@@ -541,7 +541,7 @@ def untouched(tmp_path: Path, net: nn.Module) -> Iterator[Path]:
 
 
 def test_few_samples_are_refused_and_some_are_warned_of(untouched: Path, images: torch.Tensor) -> None:
-    with pytest.raises(nd.RefusedError, match=r"layer\S+: 8 samples are worth .* independent values") as caught:
+    with pytest.raises(nd.RefusedError, match=r"layer\S+: saw .* independent values a channel in 8 samples") as caught:
         nd.recalibrate(untouched, images[:8], trust=True)
     assert "--force" in caught.value.hint and "blend" in caught.value.hint
     for count, options in ((8, {"force": True}), (40, {})):

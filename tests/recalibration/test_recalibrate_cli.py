@@ -145,7 +145,7 @@ def test_options(options: tuple[str, ...], words: str, call: Call, here: Path) -
 
 def test_few_samples_are_said_loudly(call: Call, here: Path) -> None:
     refused = call("recalibrate", "healthy.pt", *ARCH, "--data", "digits.npz", "--samples", "8")
-    assert refused.code == 2 and "8 samples are worth" in refused.err and refused.out == ""
+    assert refused.code == 2 and "independent values a channel in 8 samples" in refused.err and refused.out == ""
     forced = call("recalibrate", "healthy.pt", *ARCH, "--data", "digits.npz", "--samples", "8", "--force")
     assert forced.code == 0 and "too little data" in forced.words
 
