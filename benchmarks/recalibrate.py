@@ -108,7 +108,7 @@ MODELS = """
 ## Published models
 
 Crops of the two sample photos of scikit-learn (a temple, a flower), a quarter to all of a photo's height, mirrored at
-random, resized and normalised as the model wants it. They are photos, as these models are given, but neither persons
+random, resized and normalised as the model wants it. They are photos, but neither persons
 nor lines of text, and all crops are of two photos: the statistics are not expected to be the same. Shift and ratio
 compare the new statistics with the stored ones (median over norms of medians over channels); change of outputs is the
 L2 norm of after - before over that of before. "Says" has the findings and notes of the report. In a norm that follows a
