@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from normdoctor.errors import NormDoctorError, UsageError, did_you_mean
 from normdoctor.findings import repaired_path
 from normdoctor.inspection import check_momentum, matches, several
+from normdoctor.layers import Container
 from normdoctor.measurement.processes import ALONE, Processes
 from normdoctor.processes import are_several
 from normdoctor.readers import open_checkpoint
@@ -100,6 +101,8 @@ def recalibrate(
             wanted = [found for found in checkpoint.layers if not globs or matches(found, globs)]
             if globs and not wanted:
                 raise UsageError(f"no layer matches {', '.join(globs)}", "normdoctor inspect --all lists them.")
+            if share_data and checkpoint.container is not Container.ONNX:
+                raise UsageError("--share-data is for ONNX models with external data", "Leave it out.")
             if method == "debias":
                 from normdoctor.recalibration.debiasing import debias
 

@@ -106,3 +106,9 @@ def test_nothing_is_said_of_a_file_that_is_not_written_anew(tmp_path: Path, imag
     result = nd.recalibrate(tmp_path / "run.pt", images, arch="nets:ResNet")
     assert not any("dropped" in note for note in report_of(result).notes)
     assert result.path is not None and "optimizer" in torch.load(result.path)
+
+
+def test_sharing_data_is_for_onnx(images: np.ndarray, tmp_path: Path) -> None:
+    with pytest.raises(nd.UsageError, match="--share-data"):
+        nd.recalibrate(FIXTURES / "healthy.pt2", images, share_data=True, output=tmp_path / "out.pt2")
+    assert list(tmp_path.iterdir()) == []
