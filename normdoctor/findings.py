@@ -79,6 +79,8 @@ HYPER_FIELDS = frozenset(
 ASSUMABLE_FIELDS = frozenset({"eps", "momentum"})
 DATA_FIELD = "measured"
 """What a layer has only when its model was run on data."""
+GRAPH_FIELD = "place"
+"""What a layer has only when the graph around it is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +166,8 @@ class Rule:
         """The strongest kind of input the rule needs."""
         if DATA_FIELD in self.needs:
             return Evidence.DATA
+        if GRAPH_FIELD in self.needs:
+            return Evidence.GRAPH
         return Evidence.HYPER if HYPER_FIELDS & set(self.needs) else Evidence.TENSORS
 
 

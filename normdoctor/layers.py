@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from normdoctor.errors import InputError
 from normdoctor.measured import Measured, Measurement
+from normdoctor.places import Place
 
 Vector = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -153,6 +154,8 @@ class NormLayer:
     """Field → the name that the file has for it, where that is not torch's own (weight → gamma)."""
     measured: Measured | None = None
     """What its inputs were on calibration data, where there is any."""
+    place: Place | None = None
+    """Where it stands in the graph; None where no graph was looked at, or it is not in it."""
     wrappers: tuple[str, ...] = ()
     """The parts of `name` that a wrapper inserted and `path` is without (module, _orig_mod)."""
 

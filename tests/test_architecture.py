@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from its own floor's folder-mates below and from lower floors only.
 FLOORS = [
     {"errors", "moments"},
-    {"measured"},
+    {"measured", "places"},
     {"layers"},
     {"findings", "flow"},
     {"readers", "rules", "writing"},

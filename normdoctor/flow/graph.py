@@ -26,10 +26,12 @@ class Op(Enum):
 
     CONV = "convolution"
     """(x, weight, bias|None). weight (out, in/groups, *kernel). groups=1; padded: bool, whether zeros (or anything
-    that is not x) can be seen at the border."""
+    that is not x) can be seen at the border. Per spatial axis, each None where it is not known: strides and dilations,
+    tuples of int; pads, a tuple of (before, after): the zeros."""
     CONV_TRANSPOSE = "transposed convolution"
     """(x, weight, bias|None). weight (in, out/groups, *kernel). groups=1; padded as it affects the output: whether
-    any output sees fewer taps than another (False only where every kernel length, and so every stride, is 1)."""
+    any output sees fewer taps than another (False only where every kernel length, and so every stride, is 1). strides,
+    dilations and pads as of CONV; pads are cut off the output, (before, after) with the output padding taken off."""
     MATMUL = "matrix product"
     """(a, b, bias|None): alpha * a @ b + beta * bias, with numpy's broadcasting. transpose_a=False,
     transpose_b=False (of the last two axes); alpha=1.0, beta=1.0. takes_bias: whether the operator itself has a
@@ -87,7 +89,8 @@ class Op(Enum):
     DEPTH_TO_SPACE = "depth to space"
     """(x) (N, C, H, W). block: int; order: DCR (ONNX's default) or CRD (torch's pixel_shuffle)."""
     IDENTITY = "identity"
-    """(x). Identity, Dropout in eval mode, contiguous, alias, a call that hands its input on."""
+    """(x). Identity, Dropout in eval mode, contiguous, alias, a call that hands its input on. dropout: the probability
+    that it has in training, where it is a dropout that says it."""
     CAST = "cast"
     """(x). To the dtype of the output."""
     SHAPE = "shape of a value"
