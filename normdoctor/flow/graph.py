@@ -74,7 +74,8 @@ class Op(Enum):
     SLICE = "slice"
     """(x). axis, start, end, step: along one axis; start and end within the length (None: unknown)."""
     PAD = "padding"
-    """(x). mode: constant, reflect, edge, wrap; value=0.0; axes: tuple of the axes that are padded."""
+    """(x). mode: constant, reflect, edge, wrap; value=0.0; axes: tuple of the axes that are padded; pads:
+    (before, after) of each of them, None where not known."""
     TRANSPOSE = "transposition"
     """(x). order: output axis i is input axis order[i]."""
     RESHAPE = "reshape"

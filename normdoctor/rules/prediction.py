@@ -1,0 +1,229 @@
+"""G507: running means against what the norms before and the weights between say they must be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from normdoctor.findings import Confidence, Context, Observation, Rule, Scope, Severity, rule
+from normdoctor.layers import TRACKING_KINDS, NormLayer, Vector, median
+from normdoctor.places import Prediction
+from normdoctor.rules.guards import ENOUGH, FEW, frozen, usable_eps
+from normdoctor.rules.wording import REESTIMATE, number, percent
+
+TOLD = 5
+"""Channels that a message names."""
+
+LOUD = 0.25
+"""From this size on (root mean square over the channels, in standard deviations) predictions through activations must
+show in the stored means; smaller ones drown in what the normal distribution leaves out."""
+
+AUDIBLE = 1e-3
+"""The same for exact predictions: many published networks have norms with beta 0, which predict 0 behind them."""
+
+ALIKE = 0.8
+"""Correlation from which on the slope of stored against predicted means is a measurement."""
+
+FLAT = 1e-3
+"""Predictions that differ between channels by less than this share of their size say nothing about channels: the
+weights are placeholders."""
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement:
+    """Predicted against stored means of one layer, over its live channels, in standard deviations by running_var.
+
+    The bias just before the norm is left out of both: it would agree with itself."""
+
+    prediction: Prediction
+    predicted: Vector
+    stored: Vector
+    channels: Vector
+    """Indices of the channels compared."""
+
+    @property
+    def off(self) -> Vector:
+        """|stored - predicted| of each channel."""
+        return np.abs(self.stored - self.predicted)
+
+    @property
+    def shift(self) -> float:
+        """Median over the channels of |stored - predicted|."""
+        return median(self.off)
+
+    @property
+    def correlation(self) -> float:
+        """Pearson's, over the channels; 0 where the stored means are all alike."""
+        first, second = self.predicted - self.predicted.mean(), self.stored - self.stored.mean()
+        norm = math.sqrt(float(first @ first) * float(second @ second))
+        return float(first @ second) / norm if norm > 0 else 0.0
+
+    @property
+    def slope(self) -> float:
+        """Stored on predicted: the median of their ratios, of the channels whose prediction is not small."""
+        size = np.abs(self.predicted)
+        clear = size >= 0.5 * math.sqrt(float(np.mean(size**2)))
+        return median(self.stored[clear] / self.predicted[clear]) if clear.any() else 1.0
+
+    @property
+    def loudness(self) -> float:
+        """Root mean square of the predictions."""
+        return math.sqrt(float(np.mean(self.predicted**2)))
+
+    @property
+    def says_something(self) -> bool:
+        """Whether the channels differ in what is predicted of them."""
+        size = self.loudness
+        evidence = self.prediction.mean - (0.0 if self.prediction.bias is None else self.prediction.bias)
+        alike = float(np.ptp(evidence)) <= FLAT * float(np.abs(evidence).max(initial=0.0))
+        return size > 0 and not alike and len(self.predicted) >= FEW
+
+
+def agreement(layer: NormLayer) -> Agreement | None:
+    """How prediction and statistics of a layer agree; None where there is no prediction, or nothing to compare."""
+    place, mean, var, eps = layer.place, layer.numbers.mean, layer.numbers.var, usable_eps(layer)
+    prediction = None if place is None else place.prediction
+    if prediction is None or mean is None or var is None or eps is None or layer.numbers.default_statistics:
+        return None
+    if len(prediction.mean) != len(mean) or float(np.ptp(mean)) == 0:
+        return None  # constant means are S103's or S107's
+    good = layer.numbers.live & np.isfinite(mean)
+    if not good.any():
+        return None
+    spread = np.sqrt(var[good] + eps)
+    bias = np.zeros(len(mean)) if prediction.bias is None else prediction.bias
+    found = Agreement(
+        prediction,
+        (prediction.mean - bias)[good] / spread,
+        (mean - bias)[good] / spread,
+        np.flatnonzero(good).astype(np.float64),
+    )
+    return found if found.says_something else None
+
+
+@rule(
+    "G507",
+    "stats-contradict-weights",
+    severity=Severity.ERROR,
+    confidence=Confidence.HIGH,
+    kinds=TRACKING_KINDS,
+    needs=("place", "running_mean", "running_var", "eps"),
+    scope=Scope.MODEL,
+    assumes=False,
+    even_untrained=False,
+    why="Eval mode then computes another function than training did; the loss of training says nothing of it.",
+    fix=REESTIMATE,
+    reference="https://arxiv.org/abs/1502.03167",
+    limits={
+        "shift_warning": 0.1,
+        "shift_error": 0.3,
+        "slope": 0.1,
+        "correlation_warning": 0.5,
+        "correlation_error": 0.3,
+        "typical_slope": 0.25,
+    },
+)
+def stats_contradict_weights(layers: Sequence[NormLayer], context: Context) -> Iterator[Observation]:
+    """The running means are not those that the norms before and the weights between give.
+
+    In training a BatchNorm gives every channel the mean beta and the standard deviation |gamma|, whatever goes in.
+    Carried through the weights to the next norm, that says what its running_mean must be, without any data:
+    exactly where nothing lies between but convolutions, linear layers, additions and averages; through activations
+    by the moments of a normal variable, which are near but not exact. Statistics that say otherwise do not belong
+    to these weights: averaged weights with the buffers of one of them, a partial load, a conversion that dropped a
+    bias, buffers of another run, of early training, or that still hold a part of their initial 0.
+
+    Exact ways are judged by the median shift in standard deviations and by the slope of stored against predicted
+    means (1 minus the share of the initial zeros). Ways through activations are judged by the correlation over the
+    channels, and by a slope that is the same in most layers, since sparse activations bend the slope of a single
+    layer. At most info under 16 channels; silent under 8, where statistics are the untouched 0 and 1 (S103), and
+    where all predictions are alike. Max-pooling and products of two values end a chain: the report says so.
+
+    Harmless where BatchNorm was frozen while the weights were fine-tuned: then the output of a norm is no longer
+    beta and |gamma|, and it need not be. Example: correlation -0.12 over 64 channels, where trained networks have
+    0.9 and more: the buffers are those of another checkpoint.
+    """
+    found = {layer.name: each for layer in layers if (each := agreement(layer)) is not None}
+    usual = _usual_slope(list(found.values()))
+    stale = usual is not None and abs(usual - 1) > context.limits["typical_slope"]
+    still = {layer.name for layer in layers if frozen(layer)}
+    for layer in layers:
+        if layer.name not in found:
+            continue
+        each = found[layer.name]
+        verdict = _exactly(each, context) if each.prediction.exact else _nearly(each, context, usual if stale else None)
+        if verdict is None:
+            continue
+        severity, words = verdict
+        doubt = ""
+        if layer.name in still or still.intersection(each.prediction.sources):
+            severity = severity.lowered()
+            doubt = " Frozen by design? Then weights that were trained on are no contradiction."
+        if len(each.predicted) < ENOUGH:
+            severity = Severity.INFO
+        worst = [int(each.channels[place]) for place in np.argsort(-each.off, kind="stable")[:TOLD]]
+        way = " and ".join(dict.fromkeys((*each.prediction.sources[:2], *each.prediction.sources[2:][-1:])))
+        yield Observation(
+            layer=layer,
+            message=f"{words} (from {way}, through {', '.join(each.prediction.through) or 'nothing'}).{doubt}",
+            channels=worst,
+            evidence={
+                "shift": each.shift,
+                "correlation": each.correlation,
+                "slope": each.slope,
+                "exact": each.prediction.exact,
+                "compared": len(each.predicted),
+                "sources": list(each.prediction.sources),
+                "usual_slope": usual,
+            },
+            severity=severity,
+            confidence=Confidence.HIGH if each.prediction.exact else Confidence.MEDIUM,
+            rank=each.shift,
+        )
+
+
+def _usual_slope(found: Sequence[Agreement]) -> float | None:
+    """The median slope of the layers behind activations and known borders; None of fewer than three."""
+    slopes = [
+        each.slope for each in found if not each.prediction.exact and each.prediction.sized and each.loudness > LOUD
+    ]
+    return median(np.asarray(slopes)) if len(slopes) >= 3 else None
+
+
+def _exactly(each: Agreement, context: Context) -> tuple[Severity, str] | None:
+    limits, shift, slope = context.limits, each.shift, each.slope
+    apart = abs(slope - 1) > limits["slope"] and each.loudness > AUDIBLE and each.correlation >= ALIKE
+    if shift <= limits["shift_warning"] and not apart:
+        return None
+    severity = Severity.ERROR if shift > limits["shift_error"] else Severity.WARNING
+    if apart and 0 < slope < 1:
+        return severity, (
+            f"running_mean is {number(slope)} times what the norms before it give: "
+            f"about {percent(1 - slope)} of the buffers is still their initial 0"
+        )
+    return severity, (
+        f"running_mean is {number(shift)} s.d. (median) off what the norms before it give, exactly, over "
+        f"{len(each.predicted)} channels"
+    )
+
+
+def _nearly(each: Agreement, context: Context, usual: float | None) -> tuple[Severity, str] | None:
+    limits, correlation = context.limits, each.correlation
+    if correlation < limits["correlation_warning"] and each.loudness > LOUD:
+        severity = Severity.ERROR if correlation < limits["correlation_error"] else Severity.WARNING
+        return severity, (
+            f"running_mean and what the norms before it give have a correlation of {correlation:.2f} over "
+            f"{len(each.predicted)} channels, where trained networks have 0.9 and more"
+        )
+    if usual is not None and correlation >= ALIKE and abs(each.slope - 1) > limits["typical_slope"]:
+        return Severity.WARNING, (
+            f"running_mean is {number(each.slope)} times what the norms before it give, {number(usual)} times in the "
+            f"typical layer: about {percent(1 - usual)} of the buffers may still be their initial 0"
+        )
+    return None
+
+
+RULES: tuple[Rule, ...] = (stats_contradict_weights,)
