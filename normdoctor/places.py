@@ -74,6 +74,8 @@ class Prediction:
     even: bool
     """Every position of the norms before counts alike: no border, no stride, no kernel. With `exact`, the mean of the
     batch is this, to rounding."""
+    sized: bool
+    """No border of a map of unknown size lies on the way: the size of `mean` can be trusted, not only its pattern."""
     sources: tuple[str, ...]
     """The norms that it starts from."""
     through: tuple[str, ...]

@@ -51,6 +51,8 @@ def predict(graph: Graph, constants: Constants) -> Forecast:
             forecast.predictions[node] = walk.prediction_of(node)
         except Blocked as blocked:
             forecast.reasons[node] = blocked.sentence
+        except (ValueError, IndexError):
+            forecast.reasons[node] = "the shapes around it do not fit together"
     return forecast
 
 
@@ -94,6 +96,8 @@ class _Walk:
             self._reasons.update(dict.fromkeys(node.outputs, blocked.sentence))
         except InputError as error:
             self._reasons.update(dict.fromkeys(node.outputs, f"the weights between cannot be read ({error.message})"))
+        except (ValueError, IndexError):  # numpy's: a file may declare any shapes
+            self._reasons.update(dict.fromkeys(node.outputs, f"the shapes around {node.written} do not fit together"))
 
     def _behind(self, node: Node) -> list[tuple[int, Spread]]:
         given: list[Spread | None] = []

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normdoctor.errors import InputError
 from normdoctor.flow.affine import Array, Blocked
 from normdoctor.flow.constants import Constants
 from normdoctor.flow.graph import Node, Op, Value
@@ -59,17 +58,14 @@ def reach_of(
 
     expectation: mean of the input that each weight sees: (input channels) or (input channels, *kernel) of a
     convolution, (features) of a product. spread: its variance, of inputs that do not depend on each other. alpha of a
-    product counts, bias and beta do not. Raises Blocked, also where the weights cannot be read."""
+    product counts, bias and beta do not. Raises Blocked, and InputError where the weights cannot be read."""
     layout = _layout_of(node, constants)
     _check_size(layout)
     sides = [None if given is None else layout.spread_out(np.asarray(given)) for given in (expectation, spread)]
     totals = _Totals(layout, *sides)
-    try:
-        with np.errstate(all="ignore"):
-            for start, run in _runs(layout, constants, limit_bytes):
-                totals.take(start, run.reshape(len(run), -1))
-    except InputError as error:
-        raise Blocked("unreadable", f"the weights of {node.label or node.y.name} cannot be read: {error}") from None
+    with np.errstate(all="ignore"):
+        for start, run in _runs(layout, constants, limit_bytes):
+            totals.take(start, run.reshape(len(run), -1))
     return totals.result(float(node.attributes.get("alpha", 1.0)) if node.op is Op.MATMUL else 1.0)
 
 

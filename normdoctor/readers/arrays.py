@@ -8,7 +8,7 @@ import re
 import stat
 import zlib
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
@@ -321,6 +321,20 @@ class StoredArray:
             )
         return self.load()
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether each row lies behind the one before it."""
+        if len(self.shape) == 0 or not self.size:
+            return False
+        row = self._reach - (self.shape[0] - 1) * self.element_strides[0] + 1
+        return self.shape[0] == 1 or row <= self.element_strides[0]
+
+    def load_rows(self, start: int, stop: int) -> NDArray[Any]:
+        """As `load`, of a part of the first axis."""
+        offset = self.offset + start * self.element_strides[0]
+        shape = (stop - start, *self.shape[1:])
+        return replace(self, shape=shape, offset=offset, strides=self.element_strides).load()
+
     def load(self) -> NDArray[Any]:
         """The values of a tensor of any size, not kept. Repeated elements are bounded: no file holds those."""
         if not self.size:
@@ -352,8 +366,9 @@ def decode(raw: bytes, dtype: str, big_endian: bool = False) -> NDArray[Any]:
     """Bytes as a flat array; bfloat16 and float8 become float32, which holds each of their values exactly."""
     order: Literal["<", ">"] = ">" if big_endian else "<"
     if dtype == "bfloat16":
-        halves = np.frombuffer(raw, dtype=order + "u2").astype(np.uint32)
-        return (halves << 16).view(np.float32)
+        bits = np.frombuffer(raw, dtype=order + "u2").astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
     if dtype == "float8_e5m2":  # the upper byte of a float16
         return (np.frombuffer(raw, dtype=np.uint8).astype(np.uint16) << 8).view(np.float16).astype(np.float32)
     if dtype.startswith("float8"):

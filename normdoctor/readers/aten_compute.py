@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from normdoctor.flow.graph import Node, Op, Value
+from normdoctor.flow.graph import Node, Op, Shape, Value
 from normdoctor.readers.arrays import FLOAT_TYPES
 from normdoctor.readers.aten_calls import (
     PART,
@@ -20,6 +20,7 @@ from normdoctor.readers.aten_calls import (
     promoted,
     rank,
 )
+from normdoctor.readers.geometry import Geometry, Pads, halves, per_axis, reach
 
 Nodes = list[Node] | None
 
@@ -52,12 +53,39 @@ def _convolution(call: Call) -> Nodes:
     if transposed:
         padded = any(length != 1 for length in kernel) or _any(call, "output_padding") or _any(call, "padding")
         padded = padded or any(step != 1 for step in call.lengths("stride", [1]) or [None])
-        return [node(call, Op.CONV_TRANSPOSE, [x, weight, bias], slots, groups=groups, padded=padded)]
+        where = _geometry(call, kernel, transposed=True).attributes
+        return [node(call, Op.CONV_TRANSPOSE, [x, weight, bias], slots, groups=groups, padded=padded, **where)]
     if isinstance(call.arguments.get("padding"), str):
         padded = call.arguments["padding"] != "valid" and any(length != 1 for length in kernel)
     else:
         padded = _any(call, "padding")
-    return [node(call, Op.CONV, [x, weight, bias], slots, groups=groups, padded=padded)]
+    where = _geometry(call, kernel, transposed=False).attributes
+    return [node(call, Op.CONV, [x, weight, bias], slots, groups=groups, padded=padded, **where)]
+
+
+def _geometry(call: Call, kernel: Shape, *, transposed: bool) -> Geometry:
+    count = len(kernel)
+
+    def numbers(name: str, default: int, least: int) -> tuple[int, ...] | None:
+        found = call.lengths(name, [default])
+        return per_axis(found * count if found is not None and len(found) == 1 else found, count, least)
+
+    strides, dilations = numbers("stride", 1, 1), numbers("dilation", 1, 1)
+    pads: Pads | None = None
+    padding = call.arguments.get("padding")
+    if padding == "valid":
+        pads = ((0, 0),) * count
+    elif padding == "same":
+        lengths = per_axis([length if isinstance(length, int) else None for length in kernel], count, 1)
+        if lengths is not None and dilations is not None:
+            totals = (reach(*axis) - 1 for axis in zip(lengths, dilations, strict=True))
+            pads = tuple(halves(total, more_after=True) for total in totals)
+    else:
+        befores = numbers("padding", 0, 0)
+        added = numbers("output_padding", 0, 0) if transposed else (0,) * count
+        if befores is not None and added is not None:
+            pads = tuple((before, before - more) for before, more in zip(befores, added, strict=True))
+    return Geometry(strides, dilations, pads)
 
 
 def _is_bias(bias: Value | None, length: int | None) -> bool:
@@ -166,6 +194,8 @@ def _activation(call: Call) -> Nodes:
     homogeneous = call.name in ("relu", "abs")
     if call.name in PARAMETERS:
         alpha = call.number(PARAMETERS[call.name])
+        if any(call.number(scale, 1) != 1 for scale in ("scale", "input_scale")):  # a decomposed selu, or its like
+            return None
         return [node(call, Op.ACTIVATION, [x], name=call.name, alpha=alpha, homogeneous=False)]
     name = call.name
     if name == "gelu" and call.arguments.get("approximate", "none") != "none":

@@ -23,7 +23,10 @@ def _first(call: Call) -> str:
 
 def _dropout(call: Call) -> Nodes:
     probability, train = call.number("p"), call.flag("train", True)
-    return _same(call) if train is False or probability == 0 else None
+    found = _same(call) if train is False or probability == 0 else None
+    if found is not None and probability is not None and 0 <= probability <= 1:
+        found[0].attributes["dropout"] = probability
+    return found
 
 
 def _to(call: Call) -> Nodes:
@@ -253,11 +256,12 @@ def _pad(call: Call) -> Nodes:
     value = 0 if value is None else value
     if mode not in PAD_MODES or type(value) not in (int, float) or any(n is not None and n < 0 for n in amounts):
         return None
-    pairs = zip(amounts[::2], amounts[1::2], strict=True)
-    padded = tuple(sorted(count - 1 - place for place, pair in enumerate(pairs) if pair != (0, 0)))
+    pairs = {count - 1 - place: pair for place, pair in enumerate(zip(amounts[::2], amounts[1::2], strict=True))}
+    padded = tuple(sorted(axis for axis, pair in pairs.items() if pair != (0, 0)))
     if not padded:
         return _same(call)
-    return [node(call, Op.PAD, [x], mode=PAD_MODES[mode], value=float(value), axes=padded)]
+    pads = tuple(pairs[axis] for axis in padded)
+    return [node(call, Op.PAD, [x], mode=PAD_MODES[mode], value=float(value), axes=padded, pads=pads)]
 
 
 # rearranging channels

@@ -107,14 +107,25 @@ class LiveArray:
 
     def load(self) -> NDArray[Any]:
         """The values, copied anew."""
-        tensor = self.tensor.detach()
-        if tensor.is_meta:
-            raise InputError("a norm parameter is on the meta device and has no values", "Load the weights first.")
-        tensor = tensor.cpu()
-        if self.dtype.startswith(("bfloat", "float8")):
-            tensor = tensor.float()
-        values: NDArray[Any] = tensor.numpy().copy()
-        return values
+        return _values_of(self.tensor.detach(), self.dtype).copy()
+
+    @property
+    def has_rows(self) -> bool:
+        return bool(self.shape)
+
+    def load_rows(self, start: int, stop: int) -> NDArray[Any]:
+        """The values of a part of the first axis; they may lie in the memory of the tensor."""
+        return _values_of(self.tensor.detach()[start:stop], self.dtype)
+
+
+def _values_of(tensor: Any, dtype: str) -> NDArray[Any]:
+    if tensor.is_meta:
+        raise InputError("a norm parameter is on the meta device and has no values", "Load the weights first.")
+    tensor = tensor.cpu()
+    if dtype.startswith(("bfloat", "float8")):
+        tensor = tensor.float()
+    values: NDArray[Any] = tensor.numpy()
+    return values
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,8 @@ def pad(b: Builder, step: Step) -> bool:
     axes = positive_axes(given if given is not None else range(count), rank)
     if axes is None or len(axes) != count or min((0, *pads)) < 0:
         return False
-    padded = tuple(sorted(axis for place, axis in enumerate(axes) if pads[place] or pads[count + place]))
+    amounts = {axis: (pads[place], pads[count + place]) for place, axis in enumerate(axes)}
+    padded = tuple(sorted(axis for axis, amount in amounts.items() if any(amount)))
     filler: float | None = 0.0
     if mode == "constant":
         if old:
@@ -154,7 +155,8 @@ def pad(b: Builder, step: Step) -> bool:
     if not padded:
         b.add(step, Op.IDENTITY, (0,))
     else:
-        b.add(step, Op.PAD, (0,), {"mode": mode, "value": filler, "axes": padded})
+        given_to = tuple(amounts[axis] for axis in padded)
+        b.add(step, Op.PAD, (0,), {"mode": mode, "value": filler, "axes": padded, "pads": given_to})
     return True
 
 

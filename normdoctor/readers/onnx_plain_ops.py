@@ -31,6 +31,15 @@ CURVED = {
     "ThresholdedRelu": "thresholded_relu",
 }
 
+ALPHA = {"Elu": 1.0, "Celu": 1.0, "ThresholdedRelu": 1.0, "HardSigmoid": 0.2, "Swish": 1.0}
+"""What alpha is where the node does not say it."""
+
+USUAL = {
+    "HardSigmoid": {"beta": 0.5},
+    "Selu": {"alpha": 1.67326319217681884765625, "gamma": 1.05070102214813232421875},
+}
+"""Parameters that the neutral activation has no place for."""
+
 LARGEST = 3.4028234e38
 """Clip's default limits in old opsets: those of float32."""
 
@@ -47,7 +56,10 @@ def activation(b: Builder, step: Step) -> bool:
     name = CURVED[op]
     if op == "Gelu" and b.program.text(step, "approximate", "none") == "tanh":
         name = "gelu_tanh"
-    b.add(step, Op.ACTIVATION, (0,), {"name": name, "homogeneous": False})
+    if any(abs(b.program.number(step, key, usual) - usual) > 1e-6 for key, usual in USUAL.get(op, {}).items()):
+        return False  # an activation of its own
+    attributes = {"alpha": b.program.number(step, "alpha", ALPHA[op])} if op in ALPHA else {}
+    b.add(step, Op.ACTIVATION, (0,), {"name": name, "homogeneous": False, **attributes})
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from normdoctor.flow.graph import Fixed, Op
+from normdoctor.readers import onnx_geometry
 from normdoctor.readers.onnx_builder import Builder, whole
 from normdoctor.readers.onnx_graph import Step
 from normdoctor.readers.onnx_operators import operator_of, trains
@@ -11,6 +12,9 @@ NUMPY_BROADCASTING = 7
 """The opset in which arithmetic began to broadcast as numpy does; before, attributes said how."""
 
 FLOATS = ("float", "bfloat")
+
+DROPOUT_RATIO = 0.5
+"""Of a Dropout that does not say it."""
 
 
 def _kernel(b: Builder, step: Step) -> tuple[int, ...] | None:
@@ -47,7 +51,9 @@ def convolution(b: Builder, step: Step) -> bool:
         padded = any(length != 1 for length in kernel)
     else:
         padded = auto != "VALID" and any(b.program.integers(step, "pads", None) or ())
-    b.add(step, Op.CONV, (0, 1, 2), {"groups": b.program.integer(step, "group", 1), "padded": padded})
+    groups = b.program.integer(step, "group", 1)
+    where = onnx_geometry.convolution(b, step, kernel)
+    b.add(step, Op.CONV, (0, 1, 2), {"groups": groups, "padded": padded, **where.attributes})
     return True
 
 
@@ -62,7 +68,8 @@ def transposed_convolution(b: Builder, step: Step) -> bool:
         and b.program.attribute(step, "output_shape") is None
     )
     groups = b.program.integer(step, "group", 1)
-    b.add(step, Op.CONV_TRANSPOSE, (0, 1, 2), {"groups": groups, "padded": not plain})
+    where = onnx_geometry.transposed(b, step, kernel)
+    b.add(step, Op.CONV_TRANSPOSE, (0, 1, 2), {"groups": groups, "padded": not plain, **where.attributes})
     return True
 
 
@@ -224,8 +231,18 @@ def dropout(b: Builder, step: Step) -> bool:
     if b.is_used(step, 1):
         # All true when nothing is dropped: a constant that has nothing to do with the values of x.
         b.add(step, Op.OTHER, (), outputs=[b.out(step, 1)], whole=False)
-    b.add(step, Op.IDENTITY, (0,))
+    b.add(step, Op.IDENTITY, (0,), _probability(b, step))
     return True
+
+
+def _probability(b: Builder, step: Step) -> dict[str, float]:
+    """What a dropout leaves out in training, as the attribute of its node; nothing where it depends on the input."""
+    ratio: float | None = DROPOUT_RATIO
+    if step.scope.opset < 12:
+        ratio = b.program.number(step, "ratio", DROPOUT_RATIO)
+    elif b.at(step, 1) is not None:
+        ratio = b.scalar(step, 1)
+    return {"dropout": ratio} if ratio is not None and 0 <= ratio <= 1 else {}
 
 
 def quantised(b: Builder, step: Step) -> bool:

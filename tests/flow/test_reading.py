@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from onnx import helper as h
 
+from normdoctor.errors import InputError
 from normdoctor.flow.affine import Blocked
 from normdoctor.flow.constants import Constants
 from normdoctor.flow.graph import Node, Op, Value
@@ -320,21 +321,21 @@ def test_what_does_not_fit(store: Store) -> None:
         (Op.CONV, store(np.ones((4, 2))), "wrong-axis"),
         (Op.CONV, LiveArray(torch.zeros(4, 0, 3)), "wrong-axis"),
         (Op.CONV, LiveArray(torch.zeros(4, 2, 3, dtype=torch.complex64)), "computed-weight"),
-        (Op.CONV, LiveArray(torch.zeros(4, 2, 3, device="meta")), "unreadable"),
     ]
     for op, weight, code in others:
         with pytest.raises(Blocked) as caught:
             reach(op, weight)
         assert caught.value.code == code
+    with pytest.raises(InputError):
+        reach(Op.CONV, LiveArray(torch.zeros(4, 2, 3, device="meta")))
 
 
 def test_a_file_cut_short(tmp_path: Path, store: Store) -> None:
     ref = store(np.ones((4, 2, 3)))
     assert isinstance(ref.storage, FileStorage)
     ref.storage.source.path.write_bytes(b"short")
-    with pytest.raises(Blocked, match="the weights of layer cannot be read") as caught:
+    with pytest.raises(InputError):
         reach(Op.CONV, ref)
-    assert caught.value.code == "unreadable"
 
 
 def test_what_is_too_much_to_hold() -> None:
