@@ -7,8 +7,11 @@ import numpy as np
 from normdoctor.flow.affine import Array, Blocked
 from normdoctor.flow.graph import Node, Op
 
-MAX_PLACES = 1 << 20
-"""Positions times taps along one axis that are counted."""
+MAX_LENGTH = 1 << 14
+"""Of a map, a stride or a border along one axis; nothing longer is worked out, whatever a file declares."""
+
+MAX_TAPS = 1 << 10
+"""Of a kernel along one axis."""
 
 
 def shares_of(node: Node, pad: Node | None = None) -> tuple[Array, bool, bool]:
@@ -21,8 +24,8 @@ def shares_of(node: Node, pad: Node | None = None) -> tuple[Array, bool, bool]:
     pad: an operator just before that pads with zeros, which then count as those of the convolution itself."""
     weight = node.given(1)
     kernel = () if weight is None or weight.shape is None else tuple(weight.shape[2:])
-    if not all(isinstance(length, int) for length in kernel):
-        raise Blocked("unknown-shape", "a convolution of unknown size lies between")
+    if not all(isinstance(length, int) and length <= MAX_TAPS for length in kernel) or len(kernel) > 3:
+        raise Blocked("unknown-shape", "a convolution of unknown or unusual size lies between")
     shares, plain, sized = np.ones(()), True, True
     for axis, taps in enumerate(kernel):
         share, alike, known = _shares_along(node, pad, axis, int(taps or 0))
@@ -49,6 +52,8 @@ def _shares_along(node: Node, pad: Node | None, axis: int, taps: int) -> tuple[A
         # A border of unknown size is left out. A transposed convolution reaches every stride-th position.
         whole = np.full(taps, 1.0 / stride if transposed else 1.0)
         return whole, plain, plain or (before == behind == 0 and not transposed)
+    if max(length, before, behind, stride, step) > MAX_LENGTH:
+        return np.ones(taps), False, False
     reach = step * (taps - 1)
     if transposed:
         count = (length - 1) * stride + reach + 1 - before - behind
@@ -56,9 +61,9 @@ def _shares_along(node: Node, pad: Node | None, axis: int, taps: int) -> tuple[A
     else:
         count = (length + before + behind - reach - 1) // stride + 1
         limit = length
-    places = np.arange(length if transposed else max(count, 0))[:, None] * stride + np.arange(taps) * step - before
-    if count < 1 or places.size > MAX_PLACES:
+    if count < 1:
         return np.ones(taps), False, False
+    places = np.arange(length if transposed else count)[:, None] * stride + np.arange(taps) * step - before
     inside = ((places >= 0) & (places < limit)).sum(axis=0)
     return inside / count, False, True
 

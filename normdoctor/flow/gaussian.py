@@ -296,24 +296,6 @@ SMOOTH: dict[str, Function] = {
     "erfc": lambda x: 1 - _erf(x),
 }
 
-FUNCTIONS: dict[str, Callable[..., Array]] = {
-    **SMOOTH,
-    "relu": lambda x: np.maximum(x, 0.0),
-    "relu6": lambda x: np.clip(x, 0.0, 6.0),
-    "abs": np.abs,
-    "hardswish": lambda x: x * np.clip(x / 6 + 0.5, 0.0, 1.0),
-    "hardsigmoid": lambda x, alpha=DEFAULTS["hardsigmoid"]: np.clip(alpha * x + 0.5, 0.0, 1.0),
-    "silu": lambda x, alpha=1.0: x * _sigmoid(alpha * x),
-    "celu": lambda x, alpha=1.0: alpha * _elu(x / alpha),
-    "softplus": lambda x, alpha=1.0: _softplus(alpha * x) / alpha,
-    "exp": np.exp,
-    "exp2": np.exp2,
-    "expm1": np.expm1,
-    "sin": np.sin,
-    "cos": np.cos,
-}
-"""f(x) by name; those that have an alpha take it after x."""
-
 WINDOW = 7.5
 """Standard deviations to each side of the mean that are integrated: 1e-13 lies outside."""
 NODES = 40
@@ -331,6 +313,9 @@ def _integrated(f: Callable[..., Array], mean: Array, std: Array, *parameters: A
     mean, std, *arrays = np.broadcast_arrays(mean, std, *parameters)
     shape = mean.shape
     flat, spread, *arrays = (np.ascontiguousarray(array).reshape(-1) for array in (mean, std, *arrays))
+    if not spread.any():
+        center = np.where(np.isnan(flat), np.nan, f(flat, *arrays)).reshape(shape)
+        return center, 0 * center
     center, variance = np.empty(flat.size), np.empty(flat.size)
     for first in range(0, flat.size, AT_ONCE):
         chunk = slice(first, first + AT_ONCE)

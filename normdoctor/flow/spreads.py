@@ -24,6 +24,9 @@ from normdoctor.flow.reading import Reach, reach_of
 MAX_JOINED = 1 << 22
 """Elements of a mean after a concatenation."""
 
+MAX_SEEN = 1 << 23
+"""Inputs times taps that one output of a weighted operator sees."""
+
 SMALL_OPERAND = 1 << 20
 """Elements of a constant that is added or multiplied."""
 
@@ -188,10 +191,12 @@ def _concatenated(site: _Site) -> Outcome:
     node, axis = site.node, site.node.attributes["axis"]
     parts: list[Spread] = []
     for value, spread in zip(node.inputs, site.given, strict=True):
-        assert value is not None
-        if spread is None:
+        if spread is None and value is None:
+            raise Blocked("unknown-shape", "a concatenation of a value that is missing lies between")
+        if spread is None and value is not None:
             array = site.constant(value)
             spread = Spread(array, np.zeros((1,) * array.ndim), array)
+        assert spread is not None
         parts.append(spread)
     lengths = [(value.shape or ())[axis] if value and value.shape else None for value in node.inputs]
     rank = parts[0].rank
@@ -265,7 +270,8 @@ def _added(site: _Site) -> Outcome:
         return [(0, _told(result, node))]
     data = first if first is not None else second
     other = node.inputs[1 if first is not None else 0]
-    assert data is not None and other is not None
+    if data is None or other is None:
+        raise Blocked("unknown-shape", f"{_words(node)} of a value that is missing lies between")
     constant = site.constant(other)
     if first is None:
         data, constant = (_scaled(data, np.full((1,) * data.rank, sign)), constant)
@@ -289,11 +295,10 @@ def _multiplied(site: _Site) -> Outcome:
     node = site.node
     first, second = site.given
     other = node.inputs[1 if first is not None else 0]
-    if (first is not None and second is not None) or other is None:
+    data = first if first is not None else second
+    if (first is not None and second is not None) or data is None or other is None:
         raise Blocked("nonlinear", "a product of two computed values lies between")
     constant = site.constant(other)
-    data = first if first is not None else second
-    assert data is not None
     if node.op is Op.DIVIDE:
         if first is None:
             raise Blocked("nonlinear", "a reciprocal lies between")
@@ -363,7 +368,10 @@ def _convolved(site: _Site) -> Outcome:
     if pad is not None:
         mean = mean / (share_inside(pad) or 1.0)  # the taps say which of the zeros they see
     shares, plain, sized = shares_of(node, pad)
-    expectation = np.multiply.outer(np.broadcast_to(mean, (_inputs_of(node),)), shares)
+    inputs = _inputs_of(node)
+    if inputs * shares.size > MAX_SEEN:
+        raise Blocked("too-large", "a convolution over very many inputs lies between")
+    expectation = np.multiply.outer(np.broadcast_to(mean, (inputs,)), shares)
     reach = reach_of(node, site.constants, expectation)
     site.reaches[node] = reach
     assert reach.means is not None
@@ -407,8 +415,8 @@ def _product(site: _Site) -> Outcome:
         raise Blocked("computed-weight", "a matrix product that is no linear layer lies between")
     mean, _, alone = spread.per_channel(last)
     features = weight.shape[1 if node.attributes.get("transpose_b") else 0]
-    if not isinstance(features, int) or node.attributes.get("transpose_a"):
-        raise Blocked("unknown-shape", "a matrix product of unknown size lies between")
+    if not isinstance(features, int) or node.attributes.get("transpose_a") or features > MAX_SEEN:
+        raise Blocked("unknown-shape", "a matrix product of unknown or unusual size lies between")
     reach = reach_of(node, site.constants, np.broadcast_to(mean, (features,)).astype(np.float64))
     site.reaches[node] = reach
     assert reach.means is not None

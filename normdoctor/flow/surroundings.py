@@ -169,6 +169,8 @@ class _Survey:
         return Neighbour(op=node.op.value, written=node.written, label=label, activation=activation)
 
     def _producer(self, norm: Node) -> Producer | None:
+        if not norm.inputs or norm.inputs[0] is None:
+            return None
         value, alone = norm.x, True
         while value.producer is not None and value.producer.op in (Op.IDENTITY, Op.CAST, Op.RESHAPE):
             alone = alone and _is_private(value)

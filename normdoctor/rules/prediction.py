@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from normdoctor.rules.wording import REESTIMATE, number, percent
 
 TOLD = 5
 """Channels that a message names."""
+
+SEVERAL = 3
+"""Ways from which on a median says what is typical of a model."""
 
 LOUD = 0.25
 """From this size on (root mean square over the channels, in standard deviations) predictions through activations must
@@ -120,9 +124,11 @@ def agreement(layer: NormLayer) -> Agreement | None:
     limits={
         "shift_warning": 0.1,
         "shift_error": 0.3,
-        "slope": 0.1,
+        "slope": 0.05,
         "correlation_warning": 0.5,
         "correlation_error": 0.3,
+        "typical_correlation": 0.9,
+        "correlation_doubted": 0.8,
         "typical_slope": 0.25,
     },
 )
@@ -136,25 +142,25 @@ def stats_contradict_weights(layers: Sequence[NormLayer], context: Context) -> I
     to these weights: averaged weights with the buffers of one of them, a partial load, a conversion that dropped a
     bias, buffers of another run, of early training, or that still hold a part of their initial 0.
 
-    Exact ways are judged by the median shift in standard deviations and by the slope of stored against predicted
-    means (1 minus the share of the initial zeros). Ways through activations are judged by the correlation over the
-    channels, and by a slope that is the same in most layers, since sparse activations bend the slope of a single
-    layer. At most info under 16 channels; silent under 8, where statistics are the untouched 0 and 1 (S103), and
-    where all predictions are alike. Max-pooling and products of two values end a chain: the report says so.
+    Exact ways are judged by the median shift in standard deviations, and by correlation and slope of stored
+    against predicted means (the slope is 1 minus the share of the initial zeros). Ways through activations are
+    judged by the correlation over the channels: below 0.5, or below 0.8 where the model's median of it is below
+    0.9; and by a slope that is the same in most layers, since sparse activations bend the slope of a single layer.
+    At most info under 16 channels; silent under 8, where statistics are the untouched 0 and 1 (S103), and where
+    all predictions are alike. Max-pooling and products of two values end a chain: the report says so.
 
     Harmless where BatchNorm was frozen while the weights were fine-tuned: then the output of a norm is no longer
     beta and |gamma|, and it need not be. Example: correlation -0.12 over 64 channels, where trained networks have
     0.9 and more: the buffers are those of another checkpoint.
     """
     found = {layer.name: each for layer in layers if (each := agreement(layer)) is not None}
-    usual = _usual_slope(list(found.values()))
-    stale = usual is not None and abs(usual - 1) > context.limits["typical_slope"]
+    usual = _usual(list(found.values()), context)
     still = {layer.name for layer in layers if frozen(layer)}
     for layer in layers:
         if layer.name not in found:
             continue
         each = found[layer.name]
-        verdict = _exactly(each, context) if each.prediction.exact else _nearly(each, context, usual if stale else None)
+        verdict = _exactly(each, context) if each.prediction.exact else _nearly(each, context, usual)
         if verdict is None:
             continue
         severity, words = verdict
@@ -177,7 +183,8 @@ def stats_contradict_weights(layers: Sequence[NormLayer], context: Context) -> I
                 "exact": each.prediction.exact,
                 "compared": len(each.predicted),
                 "sources": list(each.prediction.sources),
-                "usual_slope": usual,
+                "usual_correlation": usual.correlation,
+                "usual_slope": usual.slope,
             },
             severity=severity,
             confidence=Confidence.HIGH if each.prediction.exact else Confidence.MEDIUM,
@@ -185,44 +192,75 @@ def stats_contradict_weights(layers: Sequence[NormLayer], context: Context) -> I
         )
 
 
-def _usual_slope(found: Sequence[Agreement]) -> float | None:
-    """The median slope of the layers behind activations and known borders; None of fewer than three."""
-    slopes = [
-        each.slope for each in found if not each.prediction.exact and each.prediction.sized and each.loudness > LOUD
-    ]
-    return median(np.asarray(slopes)) if len(slopes) >= 3 else None
+class _Usual(NamedTuple):
+    """What is typical of a model's ways through activations, of which a single one proves little; None: too few."""
+
+    correlation: float | None
+    doubted: bool
+    """Whether the correlation is lower than trained networks have it."""
+    slope: float | None
+    """Behind known borders."""
+    scaled: bool
+    """Whether the slope is none that trained networks have."""
+
+
+def _usual(found: Sequence[Agreement], context: Context) -> _Usual:
+    near = [each for each in found if not each.prediction.exact]
+    correlations = [each.correlation for each in near if each.loudness > LOUD]
+    slopes = [each.slope for each in near if each.prediction.sized and each.correlation >= ALIKE]
+    correlation = median(np.asarray(correlations)) if len(correlations) >= SEVERAL else None
+    slope = median(np.asarray(slopes)) if len(slopes) >= SEVERAL else None
+    limits = context.limits
+    return _Usual(
+        correlation,
+        correlation is not None and correlation < limits["typical_correlation"],
+        slope,
+        slope is not None and abs(slope - 1) > limits["typical_slope"],
+    )
 
 
 def _exactly(each: Agreement, context: Context) -> tuple[Severity, str] | None:
     limits, shift, slope = context.limits, each.shift, each.slope
-    apart = abs(slope - 1) > limits["slope"] and each.loudness > AUDIBLE and each.correlation >= ALIKE
-    if shift <= limits["shift_warning"] and not apart:
-        return None
     severity = Severity.ERROR if shift > limits["shift_error"] else Severity.WARNING
-    if apart and 0 < slope < 1:
+    if each.loudness > AUDIBLE and each.correlation >= ALIKE and 0 < slope < 1 - limits["slope"]:
         return severity, (
             f"running_mean is {number(slope)} times what the norms before it give: "
             f"about {percent(1 - slope)} of the buffers is still their initial 0"
         )
-    return severity, (
-        f"running_mean is {number(shift)} s.d. (median) off what the norms before it give, exactly, over "
-        f"{len(each.predicted)} channels"
-    )
+    if shift > limits["shift_warning"]:
+        return severity, (
+            f"running_mean is {number(shift)} s.d. (median) off what the norms before it give, exactly, over "
+            f"{len(each.predicted)} channels"
+        )
+    if each.loudness > AUDIBLE and (
+        each.correlation < limits["correlation_warning"] or (each.correlation >= ALIKE and slope > 1 + limits["slope"])
+    ):
+        return Severity.WARNING, (
+            f"running_mean does not follow what the norms before it give, exactly: correlation {each.correlation:.2f} "
+            f"and slope {slope:.2f} over {len(each.predicted)} channels, where both are 1"
+        )
+    return None
 
 
-def _nearly(each: Agreement, context: Context, usual: float | None) -> tuple[Severity, str] | None:
+def _nearly(each: Agreement, context: Context, usual: _Usual) -> tuple[Severity, str] | None:
     limits, correlation = context.limits, each.correlation
-    if correlation < limits["correlation_warning"] and each.loudness > LOUD:
+    bar = limits["correlation_doubted" if usual.doubted else "correlation_warning"]
+    if correlation < bar and each.loudness > LOUD:
         severity = Severity.ERROR if correlation < limits["correlation_error"] else Severity.WARNING
+        typical = "" if usual.correlation is None else f" (median of this model: {usual.correlation:.2f})"
         return severity, (
             f"running_mean and what the norms before it give have a correlation of {correlation:.2f} over "
-            f"{len(each.predicted)} channels, where trained networks have 0.9 and more"
+            f"{len(each.predicted)} channels, where trained networks have 0.9 and more{typical}"
         )
-    if usual is not None and correlation >= ALIKE and abs(each.slope - 1) > limits["typical_slope"]:
-        return Severity.WARNING, (
-            f"running_mean is {number(each.slope)} times what the norms before it give, {number(usual)} times in the "
-            f"typical layer: about {percent(1 - usual)} of the buffers may still be their initial 0"
+    if usual.scaled and usual.slope is not None and correlation >= ALIKE:
+        if abs(each.slope - 1) <= limits["typical_slope"]:
+            return None
+        words = (
+            f"running_mean is {number(each.slope)} times what the norms before it give, {number(usual.slope)} times "
+            "in the typical layer"
         )
+        left = f": about {percent(1 - usual.slope)} of the buffers may still be their initial 0"
+        return Severity.WARNING, words + (left if 0 < usual.slope < 1 else "")
     return None
 
 
