@@ -13,6 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from normdoctor.compared import Comparison, LayerChange
+    from normdoctor.comparison import compare
     from normdoctor.errors import (
         CannotRunError,
         InputError,
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Comparison": "compared",
+    "LayerChange": "compared",
+    "compare": "comparison",
     "CannotRunError": "errors",
     "InputError": "errors",
     "MissingDependencyError": "errors",
@@ -77,6 +82,7 @@ __all__ = [
     "ArrayRef",
     "CannotRunError",
     "Checkpoint",
+    "Comparison",
     "Discovery",
     "Drift",
     "DriftVerdict",
@@ -85,6 +91,7 @@ __all__ = [
     "FoldReport",
     "Folding",
     "InputError",
+    "LayerChange",
     "LayerDrift",
     "LayerIgnore",
     "MissingDependencyError",
@@ -102,6 +109,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "__version__",
+    "compare",
     "find_checkpoints",
     "fold",
     "inspect",

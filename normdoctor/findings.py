@@ -9,6 +9,7 @@ from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from normdoctor.compared import Comparison
 from normdoctor.layers import Model, NearMiss, NormKind, NormLayer
 from normdoctor.measured import Drift
 
@@ -56,6 +57,8 @@ MEASURE_ANEW = RECALIBRATE + "{data} -o {fixed}"
 """The repair by data, as a fix names it."""
 DEBIAS_COMMAND = RECALIBRATE + " --method debias{momentum} -o {fixed}"
 """The repair that needs no data, as a fix names it."""
+FOLD = "normdoctor fold {path}{opening}"
+"""Norms into the weights around them, as a fix names it."""
 
 
 def repaired_path(source: Path) -> Path:
@@ -126,11 +129,13 @@ Check = Callable[[Any, Context], Iterator[Observation]]
 
 
 class Scope(Enum):
-    """What a check is called with: one layer, a tuple of layers of one model, or the whole Checkpoint."""
+    """What a check is called with: one layer, a tuple of layers of one model, the whole Checkpoint, or the Comparison
+    of several models."""
 
     LAYER = "layer"
     MODEL = "model"
     FILE = "file"
+    COMPARISON = "comparison"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +150,7 @@ class Rule:
     needs: tuple[str, ...]
     scope: Scope
     assumes: bool
+    guesses: bool
     even_untrained: bool
     why: str
     fix: str
@@ -181,6 +187,7 @@ def rule(
     kinds: Iterable[NormKind] = tuple(NormKind),
     scope: Scope = Scope.LAYER,
     assumes: bool = True,
+    guesses: bool = False,
     even_untrained: bool = True,
     why: str,
     fix: str,
@@ -191,8 +198,10 @@ def rule(
 
     needs: NormLayer fields that must be known; a layer that lacks one gives a Skip instead of a call.
     assumes: eps and momentum may be filled with torch's defaults (capping the finding at warning).
+    guesses: a place that was only inferred from names will do (capping the finding at info).
     even_untrained: False where a model that was never trained would set it off by design.
-    why: one sentence, why it matters. fix: the next command or step; {path}, {fixed} and {momentum} are filled in.
+    why: one sentence, why it matters. fix: the next command or step; {path}, {fixed}, {momentum}, {data} and {opening}
+    are filled in.
     limits: thresholds by name; they appear in the evidence and can be set by the user.
     """
 
@@ -208,6 +217,7 @@ def rule(
             needs=needs,
             scope=scope,
             assumes=assumes,
+            guesses=guesses,
             even_untrained=even_untrained,
             why=why,
             fix=fix,
@@ -304,6 +314,8 @@ class Report:
     bytes_total: int | None
     drift: Drift | None = None
     """Where the model was run on data: how far its statistics are from those of the data."""
+    comparison: Comparison | None = None
+    """Where there was another model to compare with: how the norms differ."""
 
     def __repr__(self) -> str:
         return f"<Report {self.path}: {len(self.layers)} norm layers, {len(self.findings)} findings>"

@@ -11,8 +11,20 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from normdoctor.compared import Motion
 from normdoctor.errors import NormDoctorError, UsageError, did_you_mean
-from normdoctor.findings import PRECISIONS, Failure, Finding, LayerIgnore, Precision, Report, Rule, Survey
+from normdoctor.findings import (
+    GRAPH_FIELD,
+    PRECISIONS,
+    Failure,
+    Finding,
+    LayerIgnore,
+    Precision,
+    Report,
+    Rule,
+    Scope,
+    Survey,
+)
 from normdoctor.layers import NormLayer
 from normdoctor.readers import open_checkpoint
 from normdoctor.rules import RULES
@@ -20,6 +32,7 @@ from normdoctor.rules.runner import Settings, examine
 
 if TYPE_CHECKING:
     from normdoctor.measurement.calibration import Calibration
+    from normdoctor.placing import PlaceOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +45,8 @@ class Options:
     ignores: tuple[LayerIgnore, ...]
     calibration: Calibration | None = None
     """Data to run the model on; None: nothing is run."""
+    graph: PlaceOptions | None = None
+    """How the graph around the norms is come by; None: no rule asks for it."""
 
 
 def inspect(
@@ -62,10 +77,14 @@ def inspect(
     arch_args: str | Mapping[str, Any] | None = None,
     key: str | None = None,
     device: str | None = None,
+    input_shape: str | Iterable[str] = (),
+    example_inputs: Any = None,
+    quick: bool = False,
 ) -> Report:
     """Judge every norm layer of a checkpoint (str or Path), a live torch.nn.Module or its state_dict.
 
-    Without data nothing in the file is executed or imported. A live module is looked at as it is and left so.
+    Without data, trust and arch nothing in the file is executed or imported. A live module is looked at as it is and
+    left so.
 
     select, ignore: rule codes, their beginnings or names ("S", "A2", "S104"); all are selected by default.
     layer: globs on layer names; only findings about matching layers are kept.
@@ -80,12 +99,17 @@ def inspect(
     `DataOptions`. train_batch: samples in a batch of the training, where that is known.
     trust: torch may load the file, which can run code in it. arch, arch_args: what builds the module of weights.
     key: which model of the file. device: where to run it.
+    input_shape ("1,3,224,224", several for several inputs) or example_inputs: what a module is traced with, so that
+    the rules about the graph around the norms apply to it. quick: without these rules, whatever the file.
 
     Raises InputError where the file or the data cannot be read, UsageError for an unknown rule code or threshold, a
     layer glob that matches nothing and data that does not fit, RefusedError where trust or an architecture is
     needed."""
     from normdoctor.measurement.calibration import calibration
+    from normdoctor.placing import place_options
 
+    if data is not None and (input_shape or example_inputs is not None):
+        raise UsageError("the inputs are those of the data", "Leave out the shapes and examples of inputs.")
     options = check_options(
         select=select,
         ignore=ignore,
@@ -116,6 +140,18 @@ def inspect(
             key=key,
             device=device,
         ),
+        graph=None
+        if data is not None
+        else place_options(
+            live=not isinstance(model, (str, Path)),
+            input_shape=input_shape,
+            example_inputs=example_inputs,
+            trust=trust,
+            arch=arch,
+            arch_args=arch_args,
+            key=key,
+        ),
+        quick=quick,
     )
     report = _examine(model, options)
     _check_globs(options.globs, [report])
@@ -135,10 +171,19 @@ def check_options(
     limits: Mapping[str, Mapping[str, float]] | None = None,
     train_batch: int | None = None,
     calibration: Calibration | None = None,
+    graph: PlaceOptions | None = None,
+    quick: bool = False,
 ) -> Options:
     """The options of `inspect`, ready for any number of files. Raises UsageError for one that makes no sense."""
+    rules = tuple(choose_rules(several(select), several(ignore)))
+    if quick or not any(GRAPH_FIELD in rule.needs for rule in rules):
+        graph = None
+    else:
+        from normdoctor.placing import PlaceOptions
+
+        graph = replace(graph or PlaceOptions(), largest=target is not None)
     return Options(
-        rules=tuple(choose_rules(several(select), several(ignore))),
+        rules=rules,
         settings=Settings(
             eps=check_eps(eps),
             momentum=check_momentum(momentum),
@@ -150,6 +195,7 @@ def check_options(
         globs=several(layer),
         ignores=tuple(replace(one, codes=tuple(map(known_code, one.codes))) for one in per_layer_ignores),
         calibration=calibration,
+        graph=graph,
     )
 
 
@@ -183,6 +229,7 @@ def survey(paths: str | Path | Iterable[str | Path], *, jobs: int = 1, **options
             reports.append(outcome)
         else:
             failures.append(outcome)
+    reports = _with_ranks(reports, checked)
     _check_globs(checked.globs, reports)
     return Survey(reports=tuple(reports), failures=tuple(failures), passed_over=passed_over)
 
@@ -193,9 +240,45 @@ def _examine(model: Any, options: Options) -> Report:
         if options.calibration is not None:
             from normdoctor.measurement.calibration import measured
 
-            checkpoint = measured(model, checkpoint, options.calibration)
+            checkpoint = measured(model, checkpoint, options.calibration, placed=options.graph is not None)
+        elif options.graph is not None:
+            from normdoctor.placing import placed
+
+            checkpoint = placed(model, checkpoint, options.graph)
+        if any(rule.scope is Scope.COMPARISON for rule in options.rules):
+            from normdoctor.comparing import with_comparison
+
+            checkpoint = with_comparison(checkpoint, options.settings.eps)
         report = examine(checkpoint, options.rules, options.settings, lambda found: not globs or matches(found, globs))
     return _without_ignored(report, options.ignores) if options.ignores else report
+
+
+def _with_ranks(reports: list[Report], options: Options) -> list[Report]:
+    """The reports; that of the first of several ranks of one run also says how they differ, where they do."""
+    rules = [rule for rule in options.rules if rule.scope is Scope.COMPARISON]
+    if not rules or len(reports) < 2:
+        return reports
+    from normdoctor.comparing import ranks_compared
+    from normdoctor.comparing.ranks import rank_groups
+
+    def wanted(layer: NormLayer) -> bool:
+        return not options.globs or matches(layer, options.globs)
+
+    found = {}
+    for group in rank_groups(Path(report.path) for report in reports):
+        compared = ranks_compared(group, options.settings.eps)
+        if compared is None or not any(row.statistics is Motion.MOVED for row in compared.layers):
+            continue
+        with open_checkpoint(group[0]) as checkpoint:
+            checkpoint = replace(checkpoint, comparison=compared)
+            found[str(group[0])] = examine(checkpoint, rules, options.settings, wanted)
+    return [_joined(report, found[report.path]) if report.path in found else report for report in reports]
+
+
+def _joined(report: Report, ranks: Report) -> Report:
+    """A file's report with what the comparison with its fellow ranks says."""
+    findings = sorted((*report.findings, *ranks.findings), key=lambda f: (-f.severity, f.code))
+    return replace(report, findings=tuple(findings), comparison=ranks.comparison)
 
 
 def _outcomes(targets: Sequence[Path], options: Options, jobs: int) -> Iterator[Report | Failure]:

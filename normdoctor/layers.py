@@ -6,7 +6,7 @@ Nothing here knows a file format, torch or onnx. `None` always means *the file d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cached_property
@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from normdoctor.compared import Comparison
 from normdoctor.errors import InputError
 from normdoctor.measured import Measured, Measurement
 from normdoctor.places import Place
@@ -71,6 +72,32 @@ class Loadable(Protocol):
 def load(ref: ArrayRef) -> NDArray[Any]:
     """The values of a weight of any size, read anew where the reference can."""
     return ref.load() if isinstance(ref, Loadable) else ref.numpy()
+
+
+@runtime_checkable
+class Sliceable(Protocol):
+    """An array reference that can read a part of what it refers to."""
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether what lies along the first axis can be read piece by piece, without reading anything twice."""
+
+    def load_rows(self, start: int, stop: int) -> NDArray[Any]:
+        """The values from `start` to `stop` along the first axis, within its length; otherwise as `Loadable.load`."""
+
+
+def rows(ref: ArrayRef, limit_bytes: int) -> Iterator[tuple[int, NDArray[Any]]]:
+    """The values of a weight of any size, a run of rows after another, each with the index of its first.
+
+    A run has at most `limit_bytes` once it is read, and at least one row. What cannot be read in parts comes whole."""
+    if not (isinstance(ref, Sliceable) and ref.has_rows):
+        yield 0, load(ref)
+        return
+    # As in a file, or as the float32 that shorter types become.
+    row = max(ref.nbytes, 4 * math.prod(ref.shape)) // max(ref.shape[0], 1)
+    count = max(limit_bytes // max(row, 1), 1)
+    for start in range(0, ref.shape[0], count):
+        yield start, ref.load_rows(start, min(start + count, ref.shape[0]))
 
 
 @dataclass(frozen=True)
@@ -376,6 +403,11 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     list_references: Callable[[], tuple[Reference, ...]] = field(default=lambda: (), repr=False)
     """Every tensor under every name it has, norm or not: tells whose memory a change would touch."""
+    graphs: Mapping[str | None, Callable[[], object]] = field(default_factory=dict, repr=False)
+    """Key of a model → what builds its `flow.graph.Graph`, of what was read already and no weights, with the layers of
+    the model in its norms. Empty where the file has no graph; raises InputError for one that makes no sense."""
+    comparison: Comparison | None = None
+    """How its norms differ from those of another model, where there is one to compare with."""
     load_calls: tuple[LoadCall, ...] = ()
     loader: str = "torch.load(weights_only=False)"
     """The call of torch's that would make them."""

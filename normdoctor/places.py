@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +57,8 @@ class Activation:
     low: float = -math.inf
     high: float = math.inf
     """The bounds of a clip."""
+    alpha: float | None = None
+    """Its slope or scale, where it has one."""
     label: str = ""
 
 
@@ -82,12 +85,24 @@ class Prediction:
     """The operators on the way in the order of the data, each once."""
 
 
+class Verdict(Enum):
+    """What becomes of a norm; the value is how reports say it."""
+
+    BACKWARD = "folded backward"
+    FORWARD = "folded forward"
+    MERGED = "merged"
+    """Into another norm or into constants that stay."""
+    DECOMPOSED = "decomposed"
+    """Into one multiplication and one addition."""
+    LEFT = "left"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fate:
     """What `normdoctor fold` would do to the norm."""
 
     verdict: str
-    """By the value of `flow.plan.Verdict`: folded backward, folded forward, merged, left."""
+    """By the value of `Verdict`: folded backward, folded forward, merged, left."""
     code: str = ""
     """Of a norm that is left: why (`flow.reasons.REASONS`)."""
     reason: str = ""

@@ -16,16 +16,16 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from its own floor's folder-mates below and from lower floors only.
 FLOORS = [
     {"errors", "moments"},
-    {"measured", "places"},
+    {"compared", "measured", "places"},
     {"layers"},
     {"findings", "flow"},
     {"readers", "rules", "writing"},
     {"models"},
     {"exporting", "torchscript", "tracing"},
-    {"data", "looking", "processes", "programs"},
-    {"measurement"},
+    {"data", "looking", "placing", "processes", "programs"},
+    {"comparing", "measurement"},
     {"inspection"},
-    {"baseline", "configuration"},
+    {"baseline", "comparison", "configuration"},
     {"recalibration", "folding"},
     {"reports"},
     {"commands"},
@@ -133,6 +133,13 @@ def test_onnx_files_import_neither_torch_nor_a_runtime(tmp_path: Path) -> None:
         ["recalibrate", "fixtures/slow_momentum.onnx", "--method", "debias", "--updates", "216", "-o", out],
     ]
     assert loaded_after(runs, ["torch", "onnxruntime", "onnxscript"]) == "[]"
+
+
+def test_what_the_graph_costs() -> None:
+    """onnx only for the graph of an ONNX file, and torch for none that a file has."""
+    runs = [["inspect", "fixtures/healthy.onnx", "--quick"], ["inspect", "fixtures/healthy.onnx", "--select", "S"]]
+    assert loaded_after(runs, ["onnx"]) == "[]"
+    assert loaded_after([["inspect", "fixtures/healthy.pt2"]], ["torch", "onnx"]) == "[]"
 
 
 def test_help_does_not_import_numpy() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -121,12 +121,12 @@ class Given:
             "device": self.device,
         }
 
-    def check_unused(self) -> None:
-        """Raise UsageError for an option that means nothing without --data."""
+    def check_unused(self, useful: Collection[str] = ()) -> None:
+        """Raise UsageError for an option that means nothing without --data, save those that are `useful` still."""
         if self.data is not None:
             return
         for name, value in vars(self).items():
-            if value and (name, value) != ("batch_size", 32):
+            if value and name not in useful and (name, value) != ("batch_size", 32):
                 option = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{option} is for running the model on data", f"Add --data, or leave {option} out.")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from normdoctor.commands import calibrating
-from normdoctor.commands.calibrating import DATA, Given
+from normdoctor.commands.calibrating import DATA, RUNNING, Given
 from normdoctor.commands.common import choice, complain, note, stdout, written
 from normdoctor.commands.progress import progress
 from normdoctor.errors import UsageError
@@ -20,9 +20,13 @@ if TYPE_CHECKING:
     from normdoctor.findings import Survey
     from normdoctor.measurement.calibration import Calibration
     from normdoctor.measurement.lockstep import Progress
+    from normdoctor.placing import PlaceOptions
 
 JUDGED, OUTPUT, GATE = "What is judged", "The report", "In CI"
 """The parts of the help of `inspect`."""
+
+TRACING = ("trust", "arch", "arch_args", "key")
+"""Options of --data that say without it how the graph of a module is come by."""
 
 
 class InspectFormat(StrEnum):
@@ -89,6 +93,9 @@ def inspect(
             metavar="CODE.NAME=X", help="Set a rule's threshold, as S104.error=0.2; repeatable.", rich_help_panel=JUDGED
         ),
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Leave out the rules that need the graph.", rich_help_panel=JUDGED)
+    ] = False,
     data: calibrating.DataOption = None,
     train_batch: Annotated[
         int | None,
@@ -108,6 +115,15 @@ def inspect(
     arch_args: calibrating.ArchArgsOption = None,
     key: calibrating.KeyOption = None,
     device: calibrating.DeviceOption = None,
+    input_shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input-shape",
+            metavar="SHAPE",
+            help="What its graph is traced with, [NAME=]1,3,224,224[:int64]; repeatable.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = None,
     output_format: Annotated[
         InspectFormat, choice("--format", InspectFormat, "How to write the report.", OUTPUT)
     ] = InspectFormat.CONSOLE,
@@ -158,7 +174,7 @@ def inspect(
         typer.Option("--jobs", "-j", metavar="N", help="Examine N files at once; 0: all cores.", rich_help_panel=GATE),
     ] = 1,
 ) -> None:
-    """Judge every norm layer of model files. Without --data nothing in a file is executed, and torch not imported."""
+    """Judge every norm layer of model files. Nothing in a file is executed without --data, --trust or --arch."""
     from normdoctor import configuration
 
     if settings is not None and no_settings:
@@ -205,11 +221,13 @@ def inspect(
         key=key,
         device=device,
     )
-    given.check_unused()
-    if data is not None and jobs != 1:
-        raise UsageError("--jobs is not for --data: torch uses all cores by itself", "Leave out --jobs.")
+    given.check_unused(TRACING)
+    graph = _graph(given, input_shape or [], quick)
+    runs = next((f"--{name}" for name in ("data", "arch", "trust") if getattr(given, name)), None)
+    if runs is not None and jobs != 1:
+        raise UsageError(f"--jobs is not for {runs}: torch uses all cores by itself", "Leave out --jobs.")
     with progress() as shown:
-        survey = examined(files, config, layer or [], jobs, write_baseline, given, train_batch, shown)
+        survey = examined(files, config, layer or [], jobs, write_baseline, given, train_batch, shown, graph, quick)
     if write_baseline is not None:
         accept(survey, write_baseline)
     elif survey.reports or output_format is not InspectFormat.CONSOLE:
@@ -258,6 +276,8 @@ def examined(
     given: Given,
     train_batch: int | None,
     shown: Progress | None,
+    graph: PlaceOptions | None,
+    quick: bool,
 ) -> Survey:
     """All files judged as the settings say, against the baseline if there is one."""
     from normdoctor import baseline, inspection
@@ -277,6 +297,8 @@ def examined(
         limits=config.thresholds,
         train_batch=train_batch,
         calibration=_calibration(given, shown),
+        graph=graph,
+        quick=quick,
     )
     for sentence in inspection.layers_not_found(config.per_layer_ignores, survey) if not layer else ():
         note(sentence)
@@ -288,6 +310,24 @@ def examined(
         accepted,
         lambda code, name: code in chosen and (not layer or any(fnmatchcase(name, glob) for glob in layer)),
     )
+
+
+def _graph(given: Given, input_shape: list[str], quick: bool) -> PlaceOptions | None:
+    """How the graph of a module is come by. Raises UsageError for an option that would mean nothing."""
+    if given.data is not None:
+        if input_shape:
+            raise UsageError("--input-shape and --data exclude each other", "The inputs are those of the data.")
+        return None
+    asked = {name: value for name in TRACING if (value := getattr(given, name))}
+    asked |= {"input_shape": input_shape} if input_shape else {}
+    if not asked:
+        return None
+    if quick:
+        option = f"--{next(iter(asked)).replace('_', '-')}"
+        raise UsageError(f"{option} is for the graph, which --quick leaves out", f"Leave out --quick or {option}.")
+    from normdoctor.placing import place_options
+
+    return place_options(**asked)
 
 
 def _calibration(given: Given, shown: Progress | None) -> Calibration | None:

@@ -214,8 +214,9 @@ class _Journey:
             deed.add(self.back(data, affine.without_shift(), depth + 1))
             deed.through.insert(0, node)
             return deed
-        factor = 1.0 / constant if node.op is Op.DIVIDE else constant
-        whole = Affine(affine.scale * factor, affine.shift)
+        with np.errstate(all="ignore"):  # what is not finite is refused below
+            factor = 1.0 / constant if node.op is Op.DIVIDE else constant
+            whole = Affine(affine.scale * factor, affine.shift)
         try:
             if not whole.is_finite:
                 raise Blocked("not-finite", "it would divide by zero")

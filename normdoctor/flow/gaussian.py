@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -206,7 +207,7 @@ def _piecewise(pieces: Sequence[Piece], mean: Array, std: Array) -> tuple[Array,
         off = c0 - center
         ends = off**2 * t[0] + 2 * off * c1 * t[1]
         variance = variance + ends + (c1**2 + 2 * off * c2) * t[2] + 2 * c1 * c2 * t[3] + c2**2 * t[4]
-    return center, np.where(known, np.maximum(variance, 0.0), np.where(np.isnan(std), np.nan, 0.0))
+    return center, np.where(known, np.maximum(variance, 0.0), np.where(np.isnan(center + std), np.nan, 0.0))
 
 
 def _partial(a: Array, b: Array) -> list[Array]:
@@ -299,12 +300,17 @@ SMOOTH: dict[str, Function] = {
 WINDOW = 7.5
 """Standard deviations to each side of the mean that are integrated: 1e-13 lies outside."""
 NODES = 40
-_places, _weights = np.polynomial.legendre.leggauss(NODES)
-_places, _weights = (_places + 1) / 2, _weights / 2
 SHORT = 1e-6
 """Below this exp(t) - 1 is t + t²/2 to 1e-12, and would lose digits as it stands."""
 AT_ONCE = 64
 """Channels that are integrated together: small arrays, which stay in the cache, are several times as fast."""
+
+
+@cache
+def _nodes() -> tuple[Array, Array]:
+    """Gauss and Legendre's places and weights between 0 and 1."""
+    places, weights = np.polynomial.legendre.leggauss(NODES)
+    return (places + 1) / 2, weights / 2
 
 
 def _integrated(f: Callable[..., Array], mean: Array, std: Array, *parameters: Array) -> tuple[Array, Array]:
@@ -314,8 +320,8 @@ def _integrated(f: Callable[..., Array], mean: Array, std: Array, *parameters: A
     shape = mean.shape
     flat, spread, *arrays = (np.ascontiguousarray(array).reshape(-1) for array in (mean, std, *arrays))
     if not spread.any():
-        center = np.where(np.isnan(flat), np.nan, f(flat, *arrays)).reshape(shape)
-        return center, 0 * center
+        value = np.where(np.isnan(flat), np.nan, f(flat, *arrays)).reshape(shape)
+        return value, np.where(np.isnan(value), np.nan, 0.0)
     center, variance = np.empty(flat.size), np.empty(flat.size)
     for first in range(0, flat.size, AT_ONCE):
         chunk = slice(first, first + AT_ONCE)
@@ -353,12 +359,13 @@ def _add_side(
     least = np.maximum(mean + std * start, 0.0)
     scale = 1 + least + (np.maximum(-start - 2, 0.0) / 4) ** 2 * std
     length = np.log1p(std * (WINDOW - start) / scale)
-    grown = np.exp(length * _places) - 1
+    places, weights = _nodes()
+    grown = np.exp(length * places) - 1
     short = length[:, 0] < SHORT
-    grown[short] = length[short] * _places * (1 + 0.5 * length[short] * _places)
+    grown[short] = length[short] * places * (1 + 0.5 * length[short] * places)
     distance = scale * grown
     z = start + distance / std
-    share = (length * scale / std * PEAK) * _weights * (1 + grown) * np.exp(-0.5 * z * z)
+    share = (length * scale / std * PEAK) * weights * (1 + grown) * np.exp(-0.5 * z * z)
     off = f(side * (least + distance), *(p[here, None] for p in parameters)) - reference[here, None]
     share *= off
     first_moment[here] += share.sum(1)

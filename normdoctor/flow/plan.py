@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 
 import numpy as np
 
@@ -18,18 +17,7 @@ from normdoctor.flow.candidates import OWN_STATISTICS, UNASKED_GAIN, Candidate, 
 from normdoctor.flow.carrying import Deed, State, carry_back, carry_forward
 from normdoctor.flow.graph import Graph, Node, Op
 from normdoctor.flow.weights import WEIGHTED, Weights, whole_shape
-
-
-class Verdict(Enum):
-    """What becomes of a norm; the value is how reports say it."""
-
-    BACKWARD = "folded backward"
-    FORWARD = "folded forward"
-    MERGED = "merged"
-    """Into another norm or into constants that stay."""
-    DECOMPOSED = "decomposed"
-    """Into one multiplication and one addition."""
-    LEFT = "left"
+from normdoctor.places import Verdict
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,11 +15,11 @@ from normdoctor.errors import InputError
 from normdoctor.flow.affine import Array, Blocked
 from normdoctor.flow.constants import Constants
 from normdoctor.flow.graph import Graph, Node, Op, Value
-from normdoctor.flow.plan import Outcome, Verdict, plan_folds
+from normdoctor.flow.plan import Outcome, plan_folds
 from normdoctor.flow.pointwise import written_out
 from normdoctor.flow.prediction import Forecast, pooled, predict
 from normdoctor.flow.reading import reach_of
-from normdoctor.places import Activation, Fate, Neighbour, Place, Producer, Vector
+from normdoctor.places import Activation, Fate, Neighbour, Place, Producer, Vector, Verdict
 
 NORMS = (Op.BATCH_NORM, Op.LAYER_NORM, Op.OTHER_NORM)
 WEIGHTED = (Op.CONV, Op.CONV_TRANSPOSE, Op.MATMUL)
@@ -259,9 +259,8 @@ class _Survey:
         if len(told) > 1 or "" in told or len(takers) > len(nodes):
             return None
         node = takers[0]
-        bounds = {
-            name: float(node.attributes[name]) for name in ("low", "high") if node.attributes.get(name) is not None
-        }
+        given = {name: node.attributes.get(name) for name in ("low", "high", "alpha")}
+        bounds = {name: float(value) for name, value in given.items() if value is not None}
         return Activation(name=told.pop(), label=node.label, **bounds)
 
     def _joins(self, taker: Node) -> bool:

@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 from normdoctor.errors import CannotRunError, MisfitError, MissingDependencyError, VerificationError
 from normdoctor.flow.graph import Node, Op
-from normdoctor.flow.plan import FoldPlan, Verdict, plan_folds
+from normdoctor.flow.plan import FoldPlan, plan_folds
 from normdoctor.folding.ledger import OVERFLOW, WatchedPlan, outcomes_of, row_of, tally
 from normdoctor.folding.module_ways import try_variants
 from normdoctor.folding.opening import Request, look_at, open_subject
 from normdoctor.folding.records import Folding, FoldReport, Proof, ProofState
 from normdoctor.folding.subjects import Feed, Subject
 from normdoctor.folding.verify import Reference, Runnable, coarsest, compare, first_failing, judge, run_original
+from normdoctor.places import Verdict
 from normdoctor.writing import check_output, folder_beside, replacing
 
 RUNTIME = "onnxruntime"

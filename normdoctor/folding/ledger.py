@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normdoctor.flow.graph import Graph, Node, Op, Value
-from normdoctor.flow.plan import FoldPlan, NewInput, Outcome, Verdict
+from normdoctor.flow.plan import FoldPlan, NewInput, Outcome
 from normdoctor.folding.records import FoldRow, Overflow
+from normdoctor.places import Verdict
 from normdoctor.readers.arrays import decode, encode
 
 FP16_LARGEST = 65504.0

@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from normdoctor.flow.plan import Verdict
+from normdoctor.places import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,9 @@ from normdoctor.errors import UsageError
 from normdoctor.layers import Checkpoint, Model
 from normdoctor.measurement.lockstep import Progress, silent
 from normdoctor.measurement.measuring import Seen, Taken, measure
-from normdoctor.measurement.opening import RunOptions, open_walker
+from normdoctor.measurement.opening import open_walker
+from normdoctor.models.opening import RunOptions
+from normdoctor.placing import with_places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,18 +110,28 @@ def calibration(
     )
 
 
-def measured(model: Any, checkpoint: Checkpoint, asked: Calibration) -> Checkpoint:
-    """The checkpoint with what its norms see on the data, for the rules. model: the path or live module behind it."""
+def measured(model: Any, checkpoint: Checkpoint, asked: Calibration, *, placed: bool = False) -> Checkpoint:
+    """The checkpoint with what its norms see on the data, for the rules. model: the path or live module behind it.
+
+    placed: also with where they stand in the graph."""
     with ExitStack() as stack:
         opened = stack.enter_context(open_walker(model, checkpoint, asked.run))
         data = stack.enter_context(open_data(asked.source, asked.data, opened.wanted))
-        seen = measure(opened, data, batch_size=asked.data.batch_size, taken=asked.taken, progress=asked.progress)
+        seen = measure(
+            opened,
+            data,
+            batch_size=asked.data.batch_size,
+            taken=asked.taken,
+            placed=placed,
+            progress=asked.progress,
+        )
     words = asked.words
     if any(one.calls > 1 for one in seen.layers.values()):
         words += " --method one-pass"  # what is called several times has no exact statistics
     seen = replace(seen, measurement=replace(seen.measurement, options=words))
     models = tuple(_told(model, seen, asked.run.key) for model in checkpoint.models)
-    return replace(checkpoint, models=models, notes=(*checkpoint.notes, *seen.measurement.notes))
+    checkpoint = replace(checkpoint, models=models, notes=(*checkpoint.notes, *seen.measurement.notes))
+    return with_places(checkpoint, seen.found) if placed else checkpoint
 
 
 def _told(model: Model, seen: Seen, key: str | None) -> Model:

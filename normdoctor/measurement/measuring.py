@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from normdoctor.measurement.opening import Opened
 from normdoctor.measurement.scores import Arrays, changed, disagreeing, hits, scores_of
 from normdoctor.measurement.walks import Look, Walker
 from normdoctor.moments import Moments, divergence, merged
+from normdoctor.placing import Found
 from normdoctor.rules.verdict import PREPARED_LIMITS
 from normdoctor.rules.wording import plural
 
@@ -39,6 +40,8 @@ class Seen:
 
     layers: Mapping[str, Measured]
     measurement: Measurement
+    found: Found = field(default_factory=Found)
+    """Where they stand, where that was looked at."""
 
 
 class Taken(NamedTuple):
@@ -56,9 +59,17 @@ AS_IT_IS = Taken(scaled=False, normalised=False)
 
 
 def measure(
-    opened: Opened, data: Dataset, *, batch_size: int, taken: Taken = AS_IT_IS, progress: Progress = silent
+    opened: Opened,
+    data: Dataset,
+    *,
+    batch_size: int,
+    taken: Taken = AS_IT_IS,
+    placed: bool = False,
+    progress: Progress = silent,
 ) -> Seen:
     """Walk all data through the model as it is stored, and some of it in other ways.
+
+    placed: where its norms stand in its graph is wanted too.
 
     Raises InputError for data that is empty or not finite, UsageError and MisfitError for data that does not fit."""
     walker = opened.walker
@@ -87,9 +98,10 @@ def measure(
     if not tallies.batches:
         raise InputError(f"{data.words}: there are no samples", "Check --data.")
     layers = {name: tally.measured() for name, tally in tallies.of.items()}
-    if first and any(one.active is not None and not one.active.all() for one in layers.values()):
-        gates = opened.gates(first[0][0])
-        layers = {name: replace(one, gate=gates.get(name)) for name, one in layers.items()}
+    found = Found()
+    if first and (placed or any(one.active is not None and not one.active.all() for one in layers.values())):
+        found = opened.find_places(first[0][0])
+        layers = {name: replace(one, gate=_gate(found, name)) for name, one in layers.items()}
     order = tuple(tallies.of)
     disagreement, change = _gap(walker, first)
     left = dict(walker.left) | {name: "never reached with this data" for name in walker.norms if name not in tallies.of}
@@ -106,7 +118,13 @@ def measure(
         order_dependence=_order_dependence(opened, first),
         accuracy=right / labelled if labelled else None,
     )
-    return Seen(layers, measurement)
+    return Seen(layers, measurement, found)
+
+
+def _gate(found: Found, name: str) -> str | None:
+    """The activation behind a norm."""
+    place = found.places.get(name)
+    return None if place is None or place.activation is None else place.activation.name
 
 
 def count_batches(data: Dataset, batch_size: int) -> int | None:

@@ -24,10 +24,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from normdoctor.data import Batch
 from normdoctor.errors import NormDoctorError, RefusedError
 from normdoctor.looking.with_torch import active, is_off, seen
-from normdoctor.measurement.modules import BUFFERS
 from normdoctor.measurement.walks import Look, Pause, Seen, Vector
 from normdoctor.models.inputs import Example
 from normdoctor.models.loaded import Kind, Loaded, flatten
+from normdoctor.models.norm_modules import BUFFERS
 from normdoctor.models.with_torch import cannot_run, device_of, dtype_of
 from normdoctor.readers.live_module import LiveArray
 
@@ -99,7 +99,7 @@ class ModuleWalker:
         loaded: Loaded,
         norms: Mapping[str, nn.Module],
         left: Mapping[str, str],
-        others: Mapping[str, Callable[[torch.Tensor], Seen]],
+        others: Mapping[str, tuple[nn.Module, Callable[[torch.Tensor], Seen]]],
     ) -> None:
         self.loaded = loaded
         self.module = loaded.module
@@ -110,7 +110,8 @@ class ModuleWalker:
         self._original = {
             (name, field): tensor for name, module in norms.items() for field, tensor in module._buffers.items()
         }
-        self.saved_modes = {inner: inner.training for inner in self.module.modules()}
+        self._saved_modes = {inner: inner.training for inner in self.module.modules()}
+        self._handles: list[Any] = []
         self._device = device_of(loaded)
         self._dtype = dtype_of(loaded)
         self.modes = mode_stacks()
@@ -124,6 +125,22 @@ class ModuleWalker:
 
     def start(self, batch: Batch, look: Look) -> ModuleWalk:
         return ModuleWalk(self, batch, look)
+
+    def arm(self) -> None:
+        """Put a hook in front of each norm, and the module into eval mode."""
+        stops = [(norm, self.stop(name, norm)) for name, norm in self._modules.items()]
+        stops += [(other, self.stop(name, None)) for name, (other, _) in self._others.items()]
+        for module, stop in stops:
+            self._handles.append(module.register_forward_pre_hook(stop, prepend=False, with_kwargs=True))
+        with contextlib.suppress(NotImplementedError):  # an exported program has its modes in its graph
+            self.module.eval()
+
+    def disarm(self) -> None:
+        """Take the hooks away, and give every module the mode that it had."""
+        while self._handles:
+            self._handles.pop().remove()
+        for inner, training in self._saved_modes.items():
+            inner.training = training
 
     def put(self, norm: str, mean: Vector, var: Vector) -> None:
         buffers = self._modules[norm]._buffers
@@ -161,7 +178,7 @@ class ModuleWalker:
         example = self.fitted(batch)
         evaluating = {inner: inner.training for inner in self.module.modules()}
         try:
-            for inner, training in self.saved_modes.items():
+            for inner, training in self._saved_modes.items():
                 inner.training = training and "Dropout" not in type(inner).__name__
             for norm in self._modules.values():
                 for field, tensor in norm._buffers.items():
@@ -201,7 +218,7 @@ class ModuleWalker:
             if not isinstance(x, torch.Tensor):
                 return
             if norm is None:
-                found = self._others[name](x)
+                found = self._others[name][1](x)
             else:
                 found = seen(x, samples=place.look.samples, shift=self.shifts.get(name))
                 if is_off(found.moments.mean, found.moments.mean**2 + found.moments.variance()):
@@ -254,25 +271,15 @@ def open_module(
     norms: layer name → the module that normalises, with buffers running_mean and running_var. others: norms
     without buffers, and what looks at their inputs. left: norms that cannot be stopped at → why."""
     others = others or {}
-    module = loaded.module
-    walker = ModuleWalker(loaded, norms, left, {name: look for name, (_, look) in others.items()})
-    handles = []
+    walker = ModuleWalker(loaded, norms, left, others)
     try:
-        for name, norm in norms.items():
-            handles.append(norm.register_forward_pre_hook(walker.stop(name, norm), prepend=False, with_kwargs=True))
-        for name, (other, _) in others.items():
-            handles.append(other.register_forward_pre_hook(walker.stop(name, None), with_kwargs=True))
-        with contextlib.suppress(NotImplementedError):  # an exported program has its modes in its graph
-            module.eval()
+        walker.arm()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield walker
     finally:
-        for handle in handles:
-            handle.remove()
+        walker.disarm()
         walker.restore()
-        for inner, training in walker.saved_modes.items():
-            inner.training = training
 
 
 def as_module(loaded: Loaded, module: nn.Module) -> Loaded:

@@ -125,11 +125,19 @@ def survey(source: Source) -> Survey:
         models=(Model(key=None, layers=tuple(layers), near_misses=tuple(misses)),),
         notes=tuple(notes),
         list_references=lambda: _references(program),
+        graphs={None: lambda: _graph(found)},
         bytes_total=total,
         count_bytes_read=bytes_read,
         on_close=close,
     )
-    return Survey(document, tensors, program, named, checkpoint)
+    found = Survey(document, tensors, program, named, checkpoint)
+    return found
+
+
+def _graph(found: Survey) -> object:
+    from normdoctor.readers.onnx_flow import read_graph
+
+    return read_graph(found)
 
 
 def all_tensors(program: Program) -> list[Tensor]:

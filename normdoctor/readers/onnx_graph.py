@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ PASSING = frozenset({"Identity", "Cast", "CastLike"})
 
 RESHAPING = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Expand"})
 
-ARITHMETIC: dict[str, Callable[..., NDArray[Any]]] = {
+ARITHMETIC: dict[str, np.ufunc] = {
     "Add": np.add,
     "Sub": np.subtract,
     "Mul": np.multiply,
@@ -302,7 +302,9 @@ class Program:
         if op == "Concat":
             return self._concat(known, identity)
         if op == "DequantizeLinear":
-            return self._dequantized(known, identity)
+            return self._dequantized(known, identity) if len(known) in (2, 3) else None
+        if len(known) != ARITHMETIC[op].nin:
+            return None
         return computed(ARITHMETIC[op], known, identity)
 
     def _constant_node(self, step: Step) -> ArrayRef | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from normdoctor.errors import InputError, UsageError
@@ -136,22 +137,29 @@ def read(source: Source, records: ZipRecords) -> Checkpoint:
     package, keys = _open(source, records)
     compiled = package.below(COMPILED)
     package.found += [LoadCall(f"native code {printable(name)}", Danger.OTHER) for name in compiled if "." in name]
-    models = [_read_program(package, key, several=len(keys) > 1).model for key in keys]
+    programs = [_read_program(package, key, several=len(keys) > 1) for key in keys]
     judged = [*load_calls.judge(package.calls), *package.found]
     version = f" of torch {package.torch_version}" if package.torch_version else ""
     return Checkpoint(
         path=str(source.path),
         format=f"torch.export package{version} (zip)",
         container=Container.ZIP,
-        models=tuple(models),
+        models=tuple(opened.model for opened in programs),
         notes=tuple(dict.fromkeys(package.notes)),
         list_references=lambda: tuple(package.references),
+        graphs={opened.model.key: partial(_graph, opened) for opened in programs},
         load_calls=tuple(sorted(dict.fromkeys(judged), key=lambda call: (-call.danger.value, call.name))),
         loader=LOADER,
         bytes_total=source.size,
         count_bytes_read=lambda: source.bytes_read,
         on_close=source.close,
     )
+
+
+def _graph(opened: Opened) -> object:
+    from normdoctor.readers.export_flow import read_flow
+
+    return read_flow(opened).graph
 
 
 def open_program(source: Source, records: ZipRecords, key: str | None = None) -> Opened:

@@ -33,10 +33,11 @@ from normdoctor.measurement.calibration import Calibration
 from normdoctor.measurement.lockstep import Tallies, exact, one_pass, stored_variance
 from normdoctor.measurement.measuring import GLANCED_AT, count_batches, preparation, whole_batches
 from normdoctor.measurement.memory import held_batches
-from normdoctor.measurement.opening import Opened, layers_of, open_walker
+from normdoctor.measurement.opening import Opened, open_walker
 from normdoctor.measurement.processes import ALONE, Processes
 from normdoctor.measurement.tally import Tally
 from normdoctor.measurement.walks import Walker
+from normdoctor.models.opening import layers_of
 from normdoctor.moments import Moments
 from normdoctor.readers import open_checkpoint
 from normdoctor.recalibration.comparing import compare, said_of, worse

@@ -11,11 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from normdoctor.findings import DATA_FIELD, Finding, Report, Severity, Survey
+from normdoctor.compared import ComparisonKind
+from normdoctor.findings import DATA_FIELD, GRAPH_FIELD, Finding, Report, Severity, Survey
 from normdoctor.layers import NormLayer, Vector
 from normdoctor.measured import Drift, DriftVerdict
+from normdoctor.reports import comparison_text
 from normdoctor.reports.drift import DRIFT_COLUMNS, drift_in_words
-from normdoctor.reports.terminal import console_for, print_paragraph, print_table
+from normdoctor.reports.places import fed_by, feeds, fold_of
+from normdoctor.reports.terminal import console_for, print_columns, print_paragraph, print_table
 from normdoctor.reports.text import printable
 from normdoctor.reports.wording import (
     about,
@@ -47,6 +50,11 @@ BARS = "▁▂▃▄▅▆▇█"
 PLAIN_BARS = "_.-=oO0@"
 BINS = 5
 MIN_NAME, ROOMY_NAME = 12, 24
+
+GRAPH_HINT = (
+    "ONNX and .pt2 files have their graph; that of a module is traced with --trust (of weights with --arch "
+    "PKG.MODULE:NAME) and --input-shape"
+)
 
 
 def render(survey: Survey, stream: TextIO, *, every_layer: bool = False, verbose: bool = False) -> None:
@@ -109,8 +117,13 @@ class _Page:
             self._finding(group)
         if self.report.drift is not None:
             self._drift(self.report.drift)
-        if self.report.layers:
+        comparison = self.report.comparison
+        if comparison is not None:
+            comparison_text.write(self.console, comparison, self.bars, every_layer=self.every_layer)
+        if self.report.layers and (comparison is None or comparison.kind is not ComparisonKind.CHECKPOINTS):
             self._table()
+        if self.every_layer or self.verbose:
+            self._places()
         if self.verbose:
             self._details()
         self._last_line()
@@ -182,6 +195,24 @@ class _Page:
         self._hidden(len(report.layers) - len(layers))
         self._line()
 
+    def _places(self) -> None:
+        """What feeds each norm and what it feeds, where that is known."""
+        layers = [layer for layer in worst_layers_first(self.report) if layer.place is not None]
+        shown = layers[: None if self.every_layer else LAYERS_SHOWN]
+        if not shown:
+            return
+        columns = [
+            ("layer", [layer.name for layer in shown]),
+            ("fed by", list(map(fed_by, shown))),
+            ("feeds", list(map(feeds, shown))),
+            ("fold", list(map(fold_of, shown))),
+        ]
+        print_columns(self.console, columns, words=("feeds", "fold"))
+        self._hidden(len(layers) - len(shown))
+        if any(layer.place.inferred for layer in shown if layer.place is not None):
+            self._paragraph("a place with ? is inferred from names: the file has no graph", 0)
+        self._line()
+
     def _drift(self, drift: Drift) -> None:
         """The verdict with what it rests on, and the layers that are furthest off."""
         self._line(Text("drift    ").append(drift.verdict.value, style=VERDICT_STYLES[drift.verdict]))
@@ -240,11 +271,17 @@ class _Page:
                 self._paragraph(f"tied: {layer.name} is also {', '.join(layer.aliases)}", 2)
         for miss in self.report.near_misses:
             self._paragraph(f"not a norm: {miss.name or '(top level)'} {list(miss.shape)}: {miss.reason}", 2)
-        without_data = list(dict.fromkeys(skip.code for skip in self.report.skips if DATA_FIELD in skip.missing))
+        skips = self.report.skips
+        without_data = dict.fromkeys(skip.code for skip in skips if DATA_FIELD in skip.missing)
+        without_graph = dict.fromkeys(skip.code for skip in skips if GRAPH_FIELD in skip.missing)
+        without_graph = {code: None for code in without_graph if code not in without_data}
+        if without_graph:
+            self._paragraph(f"need the graph: {', '.join(without_graph)}", 2)
+            self._paragraph(GRAPH_HINT, 2)
         if without_data:
             self._paragraph(f"need data: {', '.join(without_data)}", 2)
-        for skip in self.report.skips:
-            if DATA_FIELD in skip.missing:
+        for skip in skips:
+            if skip.code in without_data or skip.code in without_graph:
                 continue
             where = skip.layer or "every layer"
             self._paragraph(
@@ -259,7 +296,7 @@ class _Page:
         if not report.layers and report.layer_names:
             self._paragraph(f"None of the {plural(len(report.layer_names), 'norm layer')} matches --layer.", 0)
             return
-        if not report.layers:
+        if not report.layers and report.comparison is None:
             line = "No norm layers found."
             if report.near_misses and not self.verbose:
                 line += f" {plural(len(report.near_misses), 'tensor')} looked like one: --verbose lists them."

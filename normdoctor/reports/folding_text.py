@@ -8,8 +8,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.text import Text
 
-from normdoctor.flow.plan import Verdict
 from normdoctor.folding.records import FoldReport, ProofState
+from normdoctor.places import Verdict
 from normdoctor.reports.folding_wording import (
     kinds_line,
     left_groups,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from normdoctor.flow.plan import Verdict
 from normdoctor.folding.records import Difference, FoldReport, FoldRow, Proof, ProofState
+from normdoctor.places import Verdict
 from normdoctor.reports.wording import plural, short
 
 INTERESTING = (Verdict.LEFT, Verdict.DECOMPOSED, Verdict.MERGED, Verdict.FORWARD, Verdict.BACKWARD)

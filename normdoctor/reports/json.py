@@ -9,13 +9,16 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from enum import Enum
 from typing import Any
 
 import numpy as np
 
+from normdoctor.compared import Comparison
 from normdoctor.findings import Finding, Report, Severity, Skip, Survey
 from normdoctor.layers import NormLayer, median
 from normdoctor.measured import Drift
+from normdoctor.reports.places import place_in_json
 
 SCHEMA_VERSION = 1
 
@@ -47,6 +50,7 @@ def _file(report: Report) -> dict[str, Any]:
             {"name": miss.name, "shape": list(miss.shape), "reason": miss.reason} for miss in report.near_misses
         ],
         "drift": None if report.drift is None else drift_of(report.drift),
+        "comparison": None if report.comparison is None else comparison_of(report.comparison),
     }
 
 
@@ -57,6 +61,23 @@ def drift_of(drift: Drift) -> dict[str, Any]:
         "verdict": drift.verdict.value,
         "layers": [asdict(row) for row in drift.layers],
     }
+
+
+def comparison_of(comparison: Comparison) -> dict[str, Any]:
+    """The fields of the record under their own names; KL in nats, shifts in standard deviations."""
+    document: dict[str, Any] = _words(asdict(comparison))
+    for row, change in zip(document["layers"], comparison.layers, strict=True):
+        row["steps"] = change.steps
+    return document
+
+
+def _words(value: Any) -> Any:
+    """`value` with the words of its enumerations."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {name: _words(inner) for name, inner in value.items()}
+    return [_words(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _layer(layer: NormLayer) -> dict[str, Any]:
@@ -80,6 +101,7 @@ def _layer(layer: NormLayer) -> dict[str, Any]:
             for name in ("weight", "bias", "running_mean", "running_var", "alpha")
             if (ref := getattr(layer, name)) is not None
         },
+        "place": place_in_json(layer),
     }
 
 

@@ -9,11 +9,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from normdoctor.compared import Comparison
 from normdoctor.findings import Failure, Finding, Report, Severity, Survey
 from normdoctor.layers import NormLayer
 from normdoctor.measured import Drift
+from normdoctor.reports.comparison import (
+    BARS,
+    COMPARISON_COLUMNS,
+    comparison_in_words,
+    largest_step,
+    rows_by_divergence,
+    sides_in_words,
+    trajectory_of,
+)
 from normdoctor.reports.drift import DRIFT_COLUMNS, drift_in_words
 from normdoctor.reports.json import statistics_of
+from normdoctor.reports.places import fed_by, feeds
 from normdoctor.reports.text import html_code, markdown_code, markdown_text, shortened
 from normdoctor.reports.wording import (
     codes_by_layer,
@@ -64,6 +75,12 @@ def render(survey: Survey) -> str:
             page.add_rows(
                 head, report.drift.layers, row_maker(_drift_columns(report.drift)), "layer", tail="\n\n</details>"
             )
+    for report in survey.reports:
+        if report.comparison is not None:
+            columns = _comparison_columns(report.comparison)
+            head = "\n\n".join(filter(None, (_comparison(report.comparison), head_of(columns))))
+            rows = rows_by_divergence(report.comparison)
+            page.add_rows(head, rows, row_maker(columns), "layer", tail="\n\n</details>")
     for report in survey.reports:
         if report.layers or report.notes:
             columns = _layer_columns(report)
@@ -194,6 +211,31 @@ def _drift(report: Report, drift: Drift) -> str:
     return "\n\n".join(filter(None, parts))
 
 
+def _comparison(comparison: Comparison) -> str:
+    """The beginning of what is folded away: the sides in the title, then what moved."""
+    title = f"compared {html_code(shortened(sides_in_words(comparison), NAME_ROOM))}"
+    missing = [
+        f"- {code_name(one.layer)} only in {code_name(comparison.sides[one.side].label)}: "
+        f"{prose_of(one.reason or 'nothing explains it', NOTE_ROOM)}"
+        for one in comparison.missing[:NOTES_SHOWN]
+    ]
+    if len(comparison.missing) > NOTES_SHOWN:
+        missing.append(f"- and {plural(len(comparison.missing) - NOTES_SHOWN, 'more layer')}")
+    parts = (f"<details><summary>{title}</summary>", prose_of(comparison_in_words(comparison)), "\n".join(missing))
+    return "\n\n".join(filter(None, parts))
+
+
+def _comparison_columns(comparison: Comparison) -> list[Column]:
+    """The columns of the comparison; over several checkpoints the divergence of each step as well."""
+    columns: list[Column] = [("layer", "---", lambda row: code_name(row.layer))]
+    columns += [(title, "---:" if side == "right" else "---", cell) for title, side, cell in COMPARISON_COLUMNS[1:]]
+    if comparison.trajectories:
+        steps = {row.layer: row for row in comparison.trajectories}
+        largest = largest_step(comparison.trajectories)
+        columns.append(("KL by step", "---", lambda row: trajectory_of(steps.get(row.layer), BARS, largest)))
+    return columns if comparison.layers else []
+
+
 def _drift_columns(drift: Drift) -> list[Column]:
     columns: list[Column] = [("layer", "---", lambda row: code_name(row.layer))]
     columns += [(title, "---:" if side == "right" else "---", cell) for title, side, cell in DRIFT_COLUMNS[1:]]
@@ -210,6 +252,8 @@ def _layer_columns(report: Report) -> list[Column]:
         ("weight", "---", lambda layer: _spread(layer, "weight")),
         ("running_var", "---", lambda layer: _spread(layer, "running_var")),
         ("updates", "---:", updates_in_words),
+        ("fed by", "---", lambda layer: _place(layer, fed_by)),
+        ("feeds", "---", lambda layer: _place(layer, feeds)),
         ("findings", "---", lambda layer: " ".join(codes.get(layer.name, []))),
     ]
     return [column for column in columns if any(map(column[2], report.layers))]
@@ -223,6 +267,12 @@ def _spread(layer: NormLayer, field: str) -> str:
     span = "" if "min" not in stats else f"{short(stats['min'])} to {short(stats['max'])}"
     broken = f"{stats['nonfinite']} not finite" if stats["nonfinite"] else ""
     return ", ".join(filter(None, (span, broken)))
+
+
+def _place(layer: NormLayer, words_of: Callable[[NormLayer], str]) -> str:
+    """What a graph says; nothing where it is only guessed."""
+    known = layer.place is not None and not layer.place.inferred
+    return code_name(words_of(layer)) if known else ""
 
 
 def _listed(fingerprints: Sequence[str]) -> str:

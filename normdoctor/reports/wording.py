@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 
-from normdoctor.findings import DATA_FIELD, Finding, Report, Rule, Severity, Skip
+from normdoctor.findings import DATA_FIELD, GRAPH_FIELD, Finding, Report, Rule, Severity, Skip
 from normdoctor.layers import NormKind, NormLayer
 
 SHORT_KINDS = {
@@ -117,16 +117,17 @@ def kinds_in_words(layers: Sequence[NormLayer]) -> str:
 
 
 def skips_in_words(skips: Sequence[Skip]) -> str:
-    """How many rules were skipped, for want of what; those that need data apart."""
+    """How many rules were skipped, for want of what; those that need the graph or data apart."""
     without_data = {skip.code for skip in skips if DATA_FIELD in skip.missing}
-    others = [skip for skip in skips if skip.code not in without_data]
+    without_graph = {skip.code for skip in skips if GRAPH_FIELD in skip.missing} - without_data
+    others = [skip for skip in skips if skip.code not in without_data | without_graph]
     words = []
     if others:
         missing = list(dict.fromkeys(name for skip in others for name in skip.missing))
         words.append(f"{plural(len({skip.code for skip in others}), 'check')} skipped for want of {', '.join(missing)}")
-    if without_data:
-        need = "needs" if len(without_data) == 1 else "need"
-        words.append(f"{plural(len(without_data), 'check')} {need} data (--data)")
+    for codes, what in ((without_data, "data (--data)"), (without_graph, "the graph")):
+        if codes:
+            words.append(f"{plural(len(codes), 'check')} {'needs' if len(codes) == 1 else 'need'} {what}")
     return "; ".join(words)
 
 
@@ -144,7 +145,13 @@ def split_fix(fix: str) -> tuple[str, str]:
 
 def example_fix(rule: Rule) -> str:
     """The rule's fix with names of files as an example."""
-    words = {"{path}": "model.pt", "{fixed}": "fixed.pt", "{momentum}": "", "{data}": " --data calib.npy"}
+    words = {
+        "{path}": "model.pt",
+        "{fixed}": "fixed.pt",
+        "{momentum}": "",
+        "{data}": " --data calib.npy",
+        "{opening}": "",
+    }
     return reduce(lambda fix, placeholder: fix.replace(placeholder, words[placeholder]), words, rule.fix)
 
 

@@ -8,10 +8,16 @@ from normdoctor.findings import Rule
 from normdoctor.rules import (
     affine,
     calibration_data,
+    comparison,
     drift,
     files,
+    foldability,
+    following,
+    forecasts,
     modes,
+    neighbours,
     numerics,
+    prediction,
     residue,
     settings,
     siblings,
@@ -23,7 +29,7 @@ from normdoctor.rules import (
     transformers,
 )
 
-FAMILIES = "SACNDTF"
+FAMILIES = "SACNGDTFX"
 """The families in the order in which they are listed."""
 
 RULES: tuple[Rule, ...] = tuple(
@@ -34,16 +40,22 @@ RULES: tuple[Rule, ...] = tuple(
             *residue.RULES,
             *siblings.RULES,
             *affine.RULES,
+            *forecasts.RULES,
             *settings.RULES,
             *modes.RULES,
             *storage.RULES,
             *numerics.RULES,
+            *neighbours.RULES,
+            *foldability.RULES,
+            *prediction.RULES,
             *drift.RULES,
             *calibration_data.RULES,
             *transformers.RULES,
             *token_data.RULES,
             *stand_ins.RULES,
             *files.RULES,
+            *following.RULES,
+            *comparison.RULES,
         ),
         key=lambda rule: (FAMILIES.index(rule.code[0]), rule.code),
     )

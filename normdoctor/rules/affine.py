@@ -106,7 +106,7 @@ def residual_branch_off(layer: NormLayer, context: Context) -> Iterator[Observat
 
     The last norm of a residual block is often created with gamma 0 so that the block starts as the identity.
     After training an exact 0 means that it never got a gradient step: left out of the optimiser, the block
-    never used, or pruned as a whole.
+    never used, or pruned as a whole. Where the graph is known it confirms that the layer ends such a branch (G512).
 
     Medium confidence where no counter says that the layer was trained. Example: all 256 gains of layer3.5.bn3
     are 0 after 25,301 updates, so the block is the identity.
@@ -119,8 +119,11 @@ def residual_branch_off(layer: NormLayer, context: Context) -> Iterator[Observat
     largest = float(np.abs(layer.numbers.shift).max(initial=0.0))
     trained = f" after {updates:,.0f} updates" if updates else ""
     output = "0" if largest == 0 else "the constant shift"
+    place = layer.place
+    ends = place is not None and place.joins_branches and not place.inferred
+    confirmed = ", and in the graph it ends a residual branch" if ends else ""
     yield Observation(
-        message=f"All {len(layer.numbers.gain)} gains are exactly 0{trained}: the output is {output}.",
+        message=f"All {len(layer.numbers.gain)} gains are exactly 0{trained}: the output is {output}{confirmed}.",
         channels=range(len(layer.numbers.gain)),
         evidence={"num_batches_tracked": updates, "largest_shift": largest if np.isfinite(largest) else None},
         confidence=None if updates else Confidence.MEDIUM,

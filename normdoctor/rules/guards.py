@@ -77,6 +77,13 @@ def typical_gain(layer: NormLayer) -> float:
     return median(np.abs(layer.numbers.gain[in_use(layer)]))
 
 
+def switched_on(layer: NormLayer, of_median: float) -> Mask:
+    """Channels with an input whose gain is not switched off (A202): above 0.001 and `of_median` of a typical one."""
+    size = np.abs(layer.numbers.gain)
+    bar = max(SWITCHED_OFF, of_median * typical_gain(layer))
+    return np.asarray(layer.numbers.live & np.isfinite(size) & (size >= bar))
+
+
 def carries_signal(layer: NormLayer, eps: float, share: float) -> Mask:
     """Channels whose output varies: s.d. |gamma| * sqrt(v / (v + eps)) above `share` of a typical gain.
 

@@ -21,7 +21,7 @@ TOLD = 5
 SEVERAL = 3
 """Ways from which on a median says what is typical of a model."""
 
-LOUD = 0.25
+LOUD = 0.1
 """From this size on (root mean square over the channels, in standard deviations) predictions through activations must
 show in the stored means; smaller ones drown in what the normal distribution leaves out."""
 
@@ -123,6 +123,7 @@ def agreement(layer: NormLayer) -> Agreement | None:
     reference="https://arxiv.org/abs/1502.03167",
     limits={
         "shift_warning": 0.1,
+        "shift_uneven": 0.25,
         "shift_error": 0.3,
         "slope": 0.05,
         "correlation_warning": 0.5,
@@ -142,12 +143,13 @@ def stats_contradict_weights(layers: Sequence[NormLayer], context: Context) -> I
     to these weights: averaged weights with the buffers of one of them, a partial load, a conversion that dropped a
     bias, buffers of another run, of early training, or that still hold a part of their initial 0.
 
-    Exact ways are judged by the median shift in standard deviations, and by correlation and slope of stored
-    against predicted means (the slope is 1 minus the share of the initial zeros). Ways through activations are
-    judged by the correlation over the channels: below 0.5, or below 0.8 where the model's median of it is below
-    0.9; and by a slope that is the same in most layers, since sparse activations bend the slope of a single layer.
-    At most info under 16 channels; silent under 8, where statistics are the untouched 0 and 1 (S103), and where
-    all predictions are alike. Max-pooling and products of two values end a chain: the report says so.
+    Exact ways are judged by the median shift in standard deviations, those without borders and strides also by
+    correlation and slope of stored against predicted means (the slope is 1 minus the share of the initial zeros).
+    Ways through activations are judged by the correlation over the channels: below 0.5, or below 0.8 where the
+    model's median of it is below 0.9; and by a slope that is the same in most layers, since sparse activations
+    bend the slope of a single layer. At most info under 16 channels; silent under 8, where statistics are the
+    untouched 0 and 1 (S103), and where all predictions are alike. Max-pooling and products of two values end a
+    chain: the report says so.
 
     Harmless where BatchNorm was frozen while the weights were fine-tuned: then the output of a norm is no longer
     beta and |gamma|, and it need not be. Example: correlation -0.12 over 64 channels, where trained networks have
@@ -220,24 +222,23 @@ def _usual(found: Sequence[Agreement], context: Context) -> _Usual:
 
 
 def _exactly(each: Agreement, context: Context) -> tuple[Severity, str] | None:
-    limits, shift, slope = context.limits, each.shift, each.slope
+    limits, shift, slope, correlation = context.limits, each.shift, each.slope, each.correlation
     severity = Severity.ERROR if shift > limits["shift_error"] else Severity.WARNING
-    if each.loudness > AUDIBLE and each.correlation >= ALIKE and 0 < slope < 1 - limits["slope"]:
+    telling = each.prediction.even and each.loudness > AUDIBLE
+    if telling and correlation >= ALIKE and 0 < slope < 1 - limits["slope"]:
         return severity, (
             f"running_mean is {number(slope)} times what the norms before it give: "
             f"about {percent(1 - slope)} of the buffers is still their initial 0"
         )
-    if shift > limits["shift_warning"]:
+    if shift > limits["shift_warning" if each.prediction.even else "shift_uneven"]:
         return severity, (
-            f"running_mean is {number(shift)} s.d. (median) off what the norms before it give, exactly, over "
-            f"{len(each.predicted)} channels"
+            f"running_mean is {number(shift)} s.d. (median) off what the norms before it give, without an activation "
+            f"between, over {len(each.predicted)} channels"
         )
-    if each.loudness > AUDIBLE and (
-        each.correlation < limits["correlation_warning"] or (each.correlation >= ALIKE and slope > 1 + limits["slope"])
-    ):
+    if telling and (correlation < limits["correlation_warning"] or slope > 1 + limits["slope"]):
         return Severity.WARNING, (
-            f"running_mean does not follow what the norms before it give, exactly: correlation {each.correlation:.2f} "
-            f"and slope {slope:.2f} over {len(each.predicted)} channels, where both are 1"
+            f"running_mean does not follow what the norms before it give, without an activation between: correlation "
+            f"{correlation:.2f} and slope {slope:.2f} over {len(each.predicted)} channels, where both are 1"
         )
     return None
 
@@ -252,9 +253,7 @@ def _nearly(each: Agreement, context: Context, usual: _Usual) -> tuple[Severity,
             f"running_mean and what the norms before it give have a correlation of {correlation:.2f} over "
             f"{len(each.predicted)} channels, where trained networks have 0.9 and more{typical}"
         )
-    if usual.scaled and usual.slope is not None and correlation >= ALIKE:
-        if abs(each.slope - 1) <= limits["typical_slope"]:
-            return None
+    if usual.scaled and usual.slope is not None and abs(each.slope - 1) > limits["typical_slope"]:
         words = (
             f"running_mean is {number(each.slope)} times what the norms before it give, {number(usual.slope)} times "
             "in the typical layer"

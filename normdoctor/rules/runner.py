@@ -12,10 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from normdoctor.compared import Comparison
 from normdoctor.findings import (
     ASSUMABLE_FIELDS,
     DATA_FIELD,
     DEBIAS_COMMAND,
+    FOLD,
+    GRAPH_FIELD,
     MEASURE_ANEW,
     Context,
     Finding,
@@ -91,6 +94,7 @@ def examine(
     models = [_with_given(model, settings) for model in checkpoint.models]
     shown = {layer.name for model in models for layer in model.layers if wanted(layer)}
     drifts = {model.key: drift for model in models if (drift := _drift(model, settings)) is not None}
+    comparison = None if checkpoint.comparison is None else _of_wanted_layers(checkpoint.comparison, shown)
     findings: list[Finding] = []
     skips: list[Skip] = []
     stood_in: dict[str, float] = {}
@@ -100,6 +104,8 @@ def examine(
         run = _Run(rule, checkpoint, settings, variants, silent, drifts)
         if rule.scope is Scope.FILE:
             run.on_file()
+        elif rule.scope is Scope.COMPARISON:
+            run.on_comparison(comparison)
         else:
             for model in models:
                 run.on_model(model)
@@ -129,6 +135,7 @@ def examine(
             ),
             None,
         ),
+        comparison=comparison,
     )
 
 
@@ -137,6 +144,15 @@ def _drift(model: Model, settings: Settings) -> Drift | None:
         {**each.limits, **settings.limits.get(each.code, {})} for each in (stat_divergence, input_scale)
     )
     return drift_of(model, limits, settings.train_batch, prepared)
+
+
+def _of_wanted_layers(comparison: Comparison, wanted: Collection[str]) -> Comparison:
+    """The rows of the layers that are wanted."""
+    return replace(
+        comparison,
+        layers=tuple(row for row in comparison.layers if row.layer in wanted),
+        trajectories=tuple(row for row in comparison.trajectories if row.layer in wanted),
+    )
 
 
 def _of_wanted(drift: Drift, unwanted: Collection[str], checkpoint: Checkpoint) -> Drift:
@@ -183,6 +199,14 @@ class _Run:
         for observation in self.rule.check(self.checkpoint, self._context(empty)):
             self._record(observation, None, {})
 
+    def on_comparison(self, comparison: Comparison | None) -> None:
+        """Nothing to say, and nothing skipped, where there is nothing to compare with."""
+        self._applied = True
+        if comparison is None:
+            return
+        for observation in self.rule.check(comparison, self._context(Model(key=None, layers=()))):
+            self._record(observation, None, {})
+
     def on_model(self, model: Model) -> None:
         if model.untrained and not self.rule.even_untrained:
             return
@@ -211,19 +235,22 @@ class _Run:
         if self.rule.scope is Scope.LAYER:
             for layer, assumed in ready:
                 for observation in self.rule.check(layer, context):
-                    self._record(observation, layer, assumed)
+                    self._record(observation, layer, assumed, _inferred(layer))
         else:
             everything = {name: value for _, assumed in ready for name, value in assumed.items()}
             by_name = {layer.name: assumed for layer, assumed in ready}
             for observation in self.rule.check(tuple(layer for layer, _ in ready), context):
                 about = observation.layer
-                self._record(observation, about, by_name.get(about.name, {}) if about else everything)
+                guessed = any(map(_inferred, [about] if about else [layer for layer, _ in ready]))
+                self._record(observation, about, by_name.get(about.name, {}) if about else everything, guessed)
 
     def _gaps(self, layer: NormLayer) -> tuple[str, ...] | None:
         """The needed fields the file does not say; None where the rule is not about such a layer at all."""
         if layer.kind not in self.rule.kinds:
             return None
         missing = tuple(name for name in self.rule.needs if getattr(layer, name) is None)
+        if GRAPH_FIELD in self.rule.needs and _inferred(layer) and not self.rule.guesses:
+            missing = (*missing, GRAPH_FIELD)
         for name in missing:
             if name in DECLARED_ABSENT and (DECLARED_ABSENT[name](layer) or _never_has(name, layer)):
                 return None
@@ -247,7 +274,9 @@ class _Run:
             drift=self._drifts.get(model.key),
         )
 
-    def _record(self, seen: Observation, layer: NormLayer | None, assumed: Mapping[str, float]) -> None:
+    def _record(
+        self, seen: Observation, layer: NormLayer | None, assumed: Mapping[str, float], inferred: bool = False
+    ) -> None:
         rule = self.rule
         severity = rule.severity if seen.severity is None else seen.severity
         message = seen.message
@@ -256,6 +285,9 @@ class _Run:
             values = " and ".join(f"{name} {value:g}" for name, value in assumed.items())
             options = " ".join(f"--{name}" for name in assumed)
             message += f" Assumes torch's default {values}; {options} replaces it."
+        if inferred and GRAPH_FIELD in rule.needs:
+            severity = Severity.INFO
+            message += " (Inferred from names.)"
         evidence = dict(seen.evidence)
         if self.limits:
             evidence["limits"] = dict(self.limits)
@@ -294,9 +326,14 @@ class _Run:
         if not self._applied:
             fields = tuple(dict.fromkeys(name for names in missing.values() for name in names))
             yield Skip(rule=self.rule, layer=None, missing=fields)
-        elif DATA_FIELD not in self.rule.needs:  # which layers could not be measured is in Report.drift, with reasons
+        elif not {DATA_FIELD, GRAPH_FIELD} & set(self.rule.needs):  # why a layer was not measured is in Report.drift
             for name, names in missing.items():
                 yield Skip(rule=self.rule, layer=name, missing=names)
+
+
+def _inferred(layer: NormLayer) -> bool:
+    """Its place is guessed from names."""
+    return layer.place is not None and layer.place.inferred
 
 
 def _never_has(name: str, layer: NormLayer) -> bool:
@@ -341,11 +378,13 @@ def _filled(layer: NormLayer, values: Mapping[str, float]) -> NormLayer:
 
 def fill_in(fix: str, checkpoint: Checkpoint, momentum: str = "", layer: NormLayer | None = None) -> str:
     """Put the file's name into a fix: {path} as the shell wants it, {fixed} for a sensible output, {momentum} for
-    the option that a file without one needs, {data} for the data that was given. A live module is repaired through
-    the API instead."""
+    the option that a file without one needs, {data} for the data that was given, {opening} for the options without
+    which the model cannot be opened. A live module is repaired through the API instead."""
     if checkpoint.container is Container.MEMORY:
         fix = fix.replace(DEBIAS_COMMAND, 'normdoctor.recalibrate(module, method="debias")')
         fix = fix.replace(MEASURE_ANEW, "normdoctor.recalibrate(module, data)")
+        for option, argument in (" --dry-run", ", dry_run=True"), (" --layernorm", ", layernorm=True"), ("", ""):
+            fix = fix.replace(FOLD + option, f"normdoctor.fold(module, example_inputs{argument})")
         fix = fix.partition(f", then: {INSPECT_AGAIN}")[0]  # its data is prepared in the user's own code
     path = Path(checkpoint.path)
     words = {"{path}": str(path), "{fixed}": str(repaired_path(path)) if path.name else "fixed"}
@@ -354,6 +393,7 @@ def fill_in(fix: str, checkpoint: Checkpoint, momentum: str = "", layer: NormLay
         fix = fix.replace(placeholder, shlex.quote(word))
     seen = next((model.measurement for model in checkpoint.models if model.measurement is not None), None)
     data = "" if seen is None else seen.options
+    fix = fix.replace("{opening}", f" {_how_it_runs(checkpoint)}".rstrip())
     return fix.replace("{momentum}", momentum).replace("{data}", f" {data or f'{_how_it_runs(checkpoint)}--data DATA'}")
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from normdoctor.flow.graph import Fixed, Node, Op, Value
-from normdoctor.flow.plan import FoldPlan, Outcome, Verdict
+from normdoctor.flow.plan import FoldPlan, Outcome
 from normdoctor.layers import NormKind
+from normdoctor.places import Verdict
 
 
 def only(plan: FoldPlan) -> Outcome:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from normdoctor.flow.graph import Fixed, Op, Value
-from normdoctor.flow.plan import Verdict
+from normdoctor.places import Verdict
 
 
 def grow(net: Any, random: np.random.Generator) -> None:

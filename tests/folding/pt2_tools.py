@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normdoctor.flow.plan import FoldPlan, Verdict, plan_folds
+from normdoctor.flow.plan import FoldPlan, plan_folds
 from normdoctor.folding.export_edits import Counts, write_folded
+from normdoctor.places import Verdict
 from normdoctor.readers.arrays import Source
 from normdoctor.readers.export_flow import ExportFlow, read_flow
 from normdoctor.readers.torch_export import open_program

@@ -16,8 +16,9 @@ from torch import nn
 from normdoctor.data import Batch
 from normdoctor.errors import InputError, MisfitError, RefusedError
 from normdoctor.measurement.lockstep import Tallies, as_stored, exact, one_pass, stored_variance
-from normdoctor.measurement.opening import Opened, RunOptions, open_walker
+from normdoctor.measurement.opening import Opened, open_walker
 from normdoctor.measurement.walks import Look
+from normdoctor.models.opening import RunOptions
 from normdoctor.readers import open_checkpoint
 
 BatchNorm = nn.modules.batchnorm._BatchNorm

@@ -20,7 +20,8 @@ from normdoctor.data.options import DataOptions
 from normdoctor.errors import InputError, UsageError
 from normdoctor.measured import Measured, Measurement
 from normdoctor.measurement.measuring import Seen, measure
-from normdoctor.measurement.opening import RunOptions, open_walker
+from normdoctor.measurement.opening import open_walker
+from normdoctor.models.opening import RunOptions
 from normdoctor.moments import Moments
 from normdoctor.readers import open_checkpoint
 

@@ -13,9 +13,10 @@ from torch import nn
 import normdoctor as nd
 from normdoctor.layers import NormLayer
 from normdoctor.measurement.lockstep import as_stored
-from normdoctor.measurement.modules import find_norms
-from normdoctor.measurement.opening import RunOptions, layers_of, open_walker
+from normdoctor.measurement.opening import open_walker
 from normdoctor.measurement.walks import Look
+from normdoctor.models.norm_modules import find_norms
+from normdoctor.models.opening import RunOptions, layers_of
 from normdoctor.readers import open_checkpoint
 
 from .test_lockstep import FrozenBatchNorm2d, batches

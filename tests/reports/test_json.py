@@ -19,11 +19,11 @@ from normdoctor.rules.runner import examine
 
 FILE = {
     "path", "format", "bytes_read", "bytes_total", "layers", "findings", "skips", "assumed", "notes", "near_misses",
-    "drift",
+    "drift", "comparison",
 }  # fmt: skip
 LAYER = {
     "name", "kind", "origin", "channels", "groups", "eps", "momentum", "training", "affine", "track_running_stats",
-    "zero_centred", "num_batches_tracked", "aliases", "stats", "dtypes",
+    "zero_centred", "num_batches_tracked", "aliases", "stats", "dtypes", "place",
 }  # fmt: skip
 FINDING = {
     "code", "name", "severity", "confidence", "evidence_level", "layer", "channels", "message", "evidence",

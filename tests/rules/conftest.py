@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from normdoctor.compared import Comparison
 from normdoctor.findings import Report
 from normdoctor.layers import Checkpoint, Container, LoadCall, Model, NormLayer
 from normdoctor.measured import Measurement
@@ -52,6 +53,7 @@ def judge(build: Build) -> Judge:
         averaged: str | None = None,
         load_calls: tuple[LoadCall, ...] = (),
         measurement: Measurement | None = None,
+        comparison: Comparison | None = None,
         wanted: Callable[[NormLayer], bool] = lambda layer: True,
         path: str = "model.pt",
         **settings: Any,
@@ -67,6 +69,7 @@ def judge(build: Build) -> Judge:
             container=Container.ZIP,
             models=(Model(key=None, layers=tuple(made), averaged=averaged, measurement=measurement),),
             load_calls=load_calls,
+            comparison=comparison,
         )
         rules = [rule for rule in RULES if codes is None or rule.code in codes]
         return examine(checkpoint, rules, Settings(**settings), wanted)

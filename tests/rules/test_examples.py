@@ -8,10 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from normdoctor.compared import (
+    Comparison,
+    ComparisonKind,
+    LayerChange,
+    Matching,
+    MissingLayer,
+    Motion,
+    Side,
+    Trajectory,
+    WeightsChange,
+)
 from normdoctor.findings import Confidence, Severity
 from normdoctor.layers import Danger, LoadCall, NormKind
 from normdoctor.measured import DriftVerdict, Measured, Measurement, Preprocessing, Recalibrated
 from normdoctor.moments import Moments
+from normdoctor.places import Activation, Fate, Neighbour, Place, Prediction, Producer
 from normdoctor.rules import RULES
 
 INFO, WARNING, ERROR = Severity.INFO, Severity.WARNING, Severity.ERROR
@@ -1102,7 +1114,429 @@ TOKEN_DATA = [
     silent("T708", "not looked at", DYT | tokens()),
 ]
 
-ROWS = STATISTICS + AFFINE + SETTINGS + NUMERICS + DRIFT + AVERAGED + TRANSFORMERS + TOKEN_DATA + FILES
+FOLDED, LEFT = "folded backward", "left"
+CONV = Neighbour(op="convolution", written="Conv", label="conv1")
+LINEAR = Neighbour(op="matrix product", written="Gemm", label="fc1")
+POOL = Neighbour(op="max-pooling", written="MaxPool")
+
+
+def at_place(**said: Any) -> dict[str, Any]:
+    return {"place": Place(**said)}
+
+
+def after_bias(bias: Any, **said: Any) -> dict[str, Any]:
+    return at_place(producer=Producer(neighbour=CONV, alone=True, bias=np.asarray(bias, dtype=float)), **said)
+
+
+def weighing(largest: Any, bias: Any = None, **said: Any) -> dict[str, Any]:
+    """Behind a convolution with these largest weights in the channels of a norm of variance 1 and gain 1."""
+    producer = Producer(neighbour=CONV, alone=True, largest=np.asarray(largest, dtype=float), bias=bias)
+    size = len(producer.largest)
+    plain = {"weight": np.ones(size), "bias": np.zeros(size), "running_mean": np.zeros(size)}
+    return {"channels": size, **plain, "running_var": np.full(size, 1.0)} | at_place(producer=producer, **said)
+
+
+def foreseen(*, turned: bool = False) -> dict[str, Any]:
+    """A layer whose running means are what was predicted, or the opposite."""
+    means = np.sin(np.arange(16.0))
+    prediction = Prediction(
+        mean=-means if turned else means,
+        bias=None,
+        exact=False,
+        even=True,
+        sized=True,
+        sources=("bn1",),
+        through=("relu", "convolution"),
+    )
+    return {"running_mean": means, "running_var": np.ones(16)} | at_place(prediction=prediction)
+
+
+def fate(verdict: str = FOLDED, **said: Any) -> Fate:
+    return Fate(verdict=verdict, **said)
+
+
+def before(name: str, shift: Any = 0.0, gain: Any = 1.0, **bounds: float) -> dict[str, Any]:
+    """A trained norm of 64 channels with that shift and gain, in front of an activation."""
+    ones = np.ones(64)
+    values = {"channels": 64, "weight": gain * ones, "bias": shift * ones, "running_var": 0.5 + SPREAD}
+    return values | at_place(activation=Activation(name=name, **bounds))
+
+
+def first(count: int, inside: float, outside: float = 0.0) -> np.ndarray:
+    return np.where(np.arange(64) < count, inside, outside)
+
+
+SIGNED = {"weight": {2: -0.2, 5: -0.1}}
+NARROW = np.r_[np.ones(15), 0.05]
+ENDS_BLOCK = {"weight": np.zeros(16), "bias": np.zeros(16)} | at_place(joins_branches=True)
+DROPPED = (("drop1", 0.5),)
+
+PLACES = [
+    fires("A208", "dead channels", before("relu", first(32, -4.0)), at=range(32), severity=WARNING),
+    fires("A208", "a quarter", before("relu", first(16, -4.0)), at=range(16), severity=INFO),
+    fires("A208", "nearly all", before("relu6", first(60, -4.0)), at=range(60), severity=ERROR),
+    fires(
+        "A208", "below the bound of a clip", before("clip", first(40, -6.0), low=-2.0), at=range(40), severity=WARNING
+    ),
+    fires("A208", "some of it passes", before("leaky_relu", -4.0), at=range(64), severity=INFO),
+    fires("A208", "a soft one", before("gelu", first(9, -4.0)), at=range(9), severity=INFO),
+    fires(
+        "A208",
+        "few channels",
+        {"bias": -9.0 * np.ones(8), "channels": 8} | at_place(activation=Activation(name="relu")),
+        at=range(8),
+        severity=INFO,
+    ),
+    silent("A208", "just on", before("relu", first(30, -3.0))),
+    silent("A208", "switched off is A202's", before("relu", first(9, -4.0), first(9, 1e-4, 1.0))),
+    silent("A208", "without variance is S106's", before("relu", first(9, -4.0)) | {"running_var": first(9, 1e-6, 1.0)}),
+    silent("A208", "no lower bound", before("clip", -9.0, high=1.0)),
+    silent("A208", "an activation that cuts nothing", before("sigmoid", -9.0)),
+    silent("A208", "no activation alone takes it", before("relu", -9.0) | at_place()),
+    silent(
+        "A208", "guessed from names", before("relu", -9.0) | at_place(activation=Activation(name="relu"), inferred=True)
+    ),
+    silent(
+        "A208",
+        "a handful of channels",
+        {"bias": -9.0 * np.ones(4), "channels": 4} | at_place(activation=Activation(name="relu")),
+    ),
+    fires("A209", "half are linear", before("relu", first(40, 3.5)), at=range(40), severity=INFO),
+    fires(
+        "A209", "between both bounds", before("clip", first(40, 4.0), low=0.0, high=8.0), at=range(40), severity=INFO
+    ),
+    silent("A209", "fewer than half", before("relu", first(30, 3.5))),
+    silent("A209", "within 3 deviations", before("relu", 2.9)),
+    silent("A209", "the upper bound cuts", before("relu6", 3.5)),
+    silent("A209", "not a ReLU", before("silu", 9.0)),
+    silent("A209", "switched off", before("relu", first(40, 3.5), first(40, 1e-4, 1.0))),
+    fires("A210", "an open gate", before("sigmoid", first(16, 4.0)), at=range(16), severity=WARNING),
+    fires("A210", "wide", before("tanh", 0.0, 4.0), at=range(64), severity=WARNING),
+    fires("A210", "above 6", before("relu6", first(20, 6.5)), at=range(20), severity=WARNING),
+    fires("A210", "both ends", before("clip", 0.0, 4.0, low=-1.0, high=1.0), at=range(64), severity=WARNING),
+    fires("A210", "hard form", before("hardsigmoid", first(20, -3.5)), at=range(20), severity=WARNING),
+    silent("A210", "fewer than a quarter", before("sigmoid", first(15, 4.0))),
+    silent("A210", "mostly steep", before("sigmoid", 3.5)),
+    silent("A210", "at 0 of a ReLU6 is A208's", before("relu6", -9.0)),
+    silent("A210", "no upper end", before("relu", 9.0)),
+    fires("N404", "one narrow channel", weighing(NARROW), at=[15], severity=WARNING, precision="int8"),
+    fires("N404", "no target", weighing(NARROW), at=[15], severity=INFO),
+    fires("N404", "guessed from names", weighing(NARROW, inferred=True), at=[15], severity=INFO, precision="int8"),
+    fires("N404", "narrow on average", weighing(np.r_[1.0, np.full(15, 0.1)]), at=[], severity=INFO),
+    silent("N404", "even", weighing(np.ones(16)), precision="int8"),
+    silent("N404", "evened out by the norm", weighing(NARROW) | {"weight": 0.1 / NARROW}, precision="int8"),
+    silent("N404", "switched off", weighing(NARROW) | {"weight": np.r_[np.ones(15), 1e-4]}),
+    silent("N404", "stays", weighing(NARROW, fate=fate(LEFT, code="nonlinear")), precision="int8"),
+    silent("N404", "another target", weighing(NARROW), precision="bf16"),
+    fires("N405", "weights", weighing(np.r_[7e4, np.ones(15)]), at=[0], severity=ERROR, precision="fp16"),
+    fires("N405", "no target", weighing(np.r_[7e4, np.ones(15)]), at=[0], severity=INFO),
+    fires(
+        "N405",
+        "its bias",
+        weighing(np.ones(16), bias=1e5 * np.ones(16)),
+        at=range(16),
+        severity=ERROR,
+        precision="fp16",
+    ),
+    fires(
+        "N405",
+        "fold leaves it for that",
+        weighing(np.r_[7e4, np.ones(15)], fate=fate(LEFT, code="overflow")),
+        at=[0],
+        severity=ERROR,
+        precision="fp16",
+    ),
+    fires("N405", "subnormal", weighing(np.full(16, 1e-5)), at=range(16), severity=WARNING, precision="fp16"),
+    silent("N405", "subnormal, no target", weighing(np.full(16, 1e-5))),
+    silent("N405", "a wide one is left", weighing(np.r_[1.0, np.full(15, 1e-5)]), precision="fp16"),
+    silent("N405", "the largest number", weighing(np.full(16, 65504.0)), precision="fp16"),
+    silent("N405", "bfloat16 can hold it", weighing(np.full(16, 7e4)), precision="bf16"),
+    fires("G507", "buffers of another checkpoint", foreseen(turned=True), at=[11, 14, 8, 5, 2], severity=ERROR),
+    silent("G507", "buffers of these weights", foreseen()),
+    fires("G501", "a bias", after_bias(np.full(16, 0.1)), at=[], severity=INFO),
+    fires("G501", "most of the mean", after_bias(np.full(16, 30.0)), at=[], severity=WARNING),
+    fires("G501", "guessed from names", after_bias(np.full(16, 30.0), inferred=True), at=[], severity=INFO),
+    fires(
+        "G501",
+        "groups of one",
+        {"kind": NormKind.GROUP, "groups": 16} | after_bias(np.ones(16)),
+        at=[],
+        severity=INFO,
+    ),
+    silent("G501", "larger groups", {"kind": NormKind.GROUP, "groups": 4} | after_bias(np.ones(16))),
+    silent("G501", "a LayerNorm", LAYER_NORM | after_bias(np.ones(16))),
+    silent("G501", "no bias", at_place(producer=Producer(neighbour=CONV, alone=True))),
+    silent("G501", "others take it too", at_place(producer=Producer(neighbour=CONV, alone=False, bias=np.ones(16)))),
+    fires("G502", "all of them", *norms(3, **at_place(fate=fate(saved=64))), at={None: []}, severity=INFO),
+    silent("G502", "none", at_place(fate=fate(LEFT, code="nonlinear"))),
+    silent("G502", "not planned", at_place()),
+    silent("G502", "its own statistics", LAYER_NORM | at_place(fate=fate())),
+    fires("G503", "one", at_place(fate=fate(LEFT, code="nonlinear")), at={None: []}, severity=INFO),
+    fires(
+        "G503", "one operation less", at_place(fate=fate("decomposed", code="padding")), at={None: []}, severity=INFO
+    ),
+    silent("G503", "all fold", *norms(3, **at_place(fate=fate()))),
+    fires("G504", "padding", at_place(fate=fate(LEFT, code="padding"), padded=("conv2",)), at=range(16), severity=INFO),
+    silent("G504", "folds backward", at_place(fate=fate(), padded=("conv2",))),
+    silent("G504", "no padding", at_place(fate=fate(LEFT, code="nonlinear"))),
+    silent("G504", "another reason", at_place(fate=fate(LEFT, code="training-mode"), padded=("conv2",))),
+    silent(
+        "G504",
+        "no shift",
+        {"bias": np.zeros(16), "running_mean": np.zeros(16)}
+        | at_place(fate=fate(LEFT, code="padding"), padded=("conv2",)),
+    ),
+    fires("G505", "two in a row", at_place(before=(Neighbour(op="BatchNorm", label="bn0"),)), at=[], severity=INFO),
+    fires("G505", "of other kinds", LAYER_NORM | at_place(before=(Neighbour(op="other norm"),)), at=[], severity=INFO),
+    silent("G505", "an activation between", at_place(before=(Neighbour(op="activation"), Neighbour(op="BatchNorm")))),
+    silent("G505", "the input", at_place(before=(Neighbour(op="input"),))),
+    fires("G506", "half of the values", at_place(dropouts=DROPPED, before=(CONV,)), at=[], severity=WARNING),
+    fires("G506", "summed by a matrix", at_place(dropouts=DROPPED, before=(LINEAR,)), at=[], severity=INFO),
+    fires("G506", "frozen", {"requires_grad": False} | at_place(dropouts=DROPPED), at=[], severity=INFO),
+    silent("G506", "a little", at_place(dropouts=(("drop1", 0.1),), before=(CONV,))),
+    silent("G506", "a LayerNorm", LAYER_NORM | at_place(dropouts=DROPPED)),
+    fires(
+        "G508", "a ReLU", at_place(before=(Neighbour(op="activation", activation="relu"), CONV)), at=[], severity=INFO
+    ),
+    silent("G508", "a convolution", at_place(before=(CONV,))),
+    silent("G508", "further up", at_place(before=(POOL, Neighbour(op="activation", activation="relu")))),
+    fires("G509", "before it", SIGNED | at_place(before=(POOL, CONV)), at=[2, 5], severity=INFO),
+    fires("G509", "behind it", SIGNED | at_place(after=(POOL,), fate=fate(LEFT)), at=[2, 5], severity=INFO),
+    silent("G509", "folds", SIGNED | at_place(after=(POOL,), fate=fate())),
+    silent("G509", "one of several", SIGNED | at_place(after=(POOL, CONV))),
+    silent("G509", "no negative gain", at_place(before=(POOL, CONV))),
+    fires("G510", "one value", at_place(positions=1), at=[], severity=INFO),
+    fires("G510", "small batches", at_place(positions=1), at=[], severity=WARNING, train_batch=4),
+    fires("G510", "small maps", at_place(positions=4), at=[], severity=INFO, train_batch=2),
+    silent("G510", "large batches", at_place(positions=1), train_batch=16),
+    silent("G510", "an image", at_place(positions=49)),
+    silent("G510", "not known", at_place(), train_batch=1),
+    fires("G511", "three calls", at_place(calls=3), at=[], severity=WARNING),
+    fires("G511", "frozen", {"requires_grad": False} | at_place(calls=3), at=[], severity=INFO),
+    silent("G511", "one call", at_place()),
+    silent("G511", "no statistics", LAYER_NORM | at_place(calls=3)),
+    fires("G512", "a block", ENDS_BLOCK, {}, at={"bn0": range(16)}, severity=INFO),
+    fires("G512", "with a shift", ENDS_BLOCK | {"bias": np.ones(16)}, at=range(16), severity=INFO),
+    silent("G512", "no branch", {"weight": np.zeros(16)} | at_place()),
+    silent("G512", "a channel works", ENDS_BLOCK | {"weight": np.r_[np.zeros(15), 0.1]}),
+    silent("G512", "fresh", FRESH | {"weight": np.zeros(16)} | at_place(joins_branches=True)),
+    fires(
+        "T705",
+        "into linear layers",
+        LAYER_NORM | at_place(gain_fate=fate("folded forward")),
+        at={None: []},
+        severity=INFO,
+    ),
+    silent("T705", "a shortcut takes it", LAYER_NORM | at_place(gain_fate=fate(LEFT, code="not-linear-layers"))),
+    silent("T705", "a BatchNorm", at_place(gain_fate=fate("folded forward"))),
+]
+
+FIRST = "layer1.0.bn1"
+"""The only layer of a model of one."""
+
+
+def changed(layer: str = FIRST, **more: Any) -> LayerChange:
+    """A layer that went on learning for 100 steps."""
+    usual: dict[str, Any] = {
+        "layer": layer,
+        "other": layer,
+        "matched": Matching.NAME,
+        "kind": "BatchNorm",
+        "channels": 16,
+        "statistics": Motion.MOVED,
+        "affine": Motion.MOVED,
+        "divergence": 0.02,
+        "divergence_p95": 0.1,
+        "shift": 0.1,
+        "shift_p95": 0.3,
+        "log_ratio": 0.1,
+        "log_ratio_p95": 0.2,
+        "gamma": 0.05,
+        "beta": 0.05,
+        "updates": (1000.0, 1100.0),
+        "eps": (1e-5, 1e-5),
+        "momentum": (0.1, 0.1),
+        "gain_by_eps": 0.0,
+        "as_created": (False, False),
+        "broken": 0,
+        "worst": (),
+    }
+    return LayerChange(**usual | more)
+
+
+def still(**more: Any) -> LayerChange:
+    return changed(**{"statistics": Motion.EQUAL, "divergence": 0.0} | more)
+
+
+MOVED_WEIGHTS = WeightsChange(tensors=10, equal=0, relative=0.1, motion=Motion.MOVED)
+SAME_WEIGHTS = WeightsChange(tensors=10, equal=10, relative=0.0, motion=Motion.EQUAL)
+NUDGED = WeightsChange(tensors=10, equal=0, relative=0.001, motion=Motion.MOVED)
+
+
+def sides(*labels: str) -> tuple[Side, ...]:
+    return tuple(Side(label=label, format="in memory", layers=1) for label in labels)
+
+
+def compared(*rows: LayerChange, weights: WeightsChange | None = MOVED_WEIGHTS, **more: Any) -> dict[str, Any]:
+    """The comparison of two checkpoints, as the test's settings."""
+    usual: dict[str, Any] = {
+        "kind": ComparisonKind.CHECKPOINTS,
+        "sides": sides("before.pt", "after.pt"),
+        "layers": rows,
+        "missing": (),
+        "weights": weights,
+    }
+    return {"comparison": Comparison(**usual | more)}
+
+
+def averages(*rows: LayerChange, **more: Any) -> dict[str, Any]:
+    return compared(*rows, kind=ComparisonKind.MODELS, **more)
+
+
+def ranks(*rows: LayerChange, **more: Any) -> dict[str, Any]:
+    return compared(*rows, kind=ComparisonKind.RANKS, weights=SAME_WEIGHTS, **more)
+
+
+def epochs(*steps: tuple[bool, bool], updates: tuple[float, ...]) -> dict[str, Any]:
+    """Of each step: the weights moved, the statistics stood still."""
+    moved, stood = zip(*steps, strict=True)
+    apart = tuple(0.0 if one else 0.02 for one in stood)
+    return compared(
+        changed(),
+        sides=sides(*(f"e{number}.pt" for number in range(len(steps) + 1))),
+        steps=tuple(MOVED_WEIGHTS if one else SAME_WEIGHTS for one in moved),
+        trajectories=(Trajectory(layer=FIRST, divergence=apart, still=stood, updates=updates),),
+    )
+
+
+def missing(reason: str | None) -> tuple[MissingLayer, ...]:
+    return (MissingLayer(layer="bn9", kind="BatchNorm", channels=16, side=0, reason=reason),)
+
+
+WHOLE: dict[str | None, list[int]] = {None: []}
+UNCOUNTED, SAME_COUNT = {"updates": (None, None)}, {"updates": (9.0, 9.0)}
+STOPPED = {"divergence": 0.2, "updates": (1000.0, 10.0)}
+FROZEN = {"affine": Motion.EQUAL}
+
+COMPARISON = [
+    fires("X001", "counted, old buffers", {}, at=WHOLE, severity=ERROR, **compared(still())),
+    fires("X001", "in eval mode, or left", {}, at=WHOLE, severity=WARNING, **compared(still(**SAME_COUNT))),
+    fires("X001", "no counter", {}, at=WHOLE, severity=WARNING, **compared(still(**UNCOUNTED))),
+    fires("X001", "frozen by design", {}, at=WHOLE, severity=INFO, **compared(still(**SAME_COUNT | FROZEN))),
+    fires(
+        "X001",
+        "recalibrated",
+        {},
+        at=WHOLE,
+        severity=INFO,
+        **compared(changed(**SAME_COUNT | FROZEN), weights=SAME_WEIGHTS),
+    ),
+    fires(
+        "X001",
+        "reset",
+        {},
+        at=WHOLE,
+        severity=ERROR,
+        **compared(changed(as_created=(False, True), updates=(9.0, 0.0)), weights=SAME_WEIGHTS),
+    ),
+    fires("X001", "an average without", {}, at=WHOLE, severity=ERROR, **averages(changed(as_created=(False, True)))),
+    fires("X001", "an average with a copy", {}, at=WHOLE, severity=INFO, **averages(still(**SAME_COUNT))),
+    fires(
+        "X001",
+        "an average that stopped",
+        {},
+        at=WHOLE,
+        severity=WARNING,
+        **averages(changed(**STOPPED), weights=NUDGED),
+    ),
+    fires(
+        "X001",
+        "an average far away",
+        {},
+        at=WHOLE,
+        severity=INFO,
+        **averages(changed(**STOPPED | SAME_COUNT), weights=NUDGED),
+    ),
+    silent("X001", "both moved", {}, **compared(changed())),
+    silent("X001", "nothing moved", {}, **compared(still(affine=Motion.EQUAL), weights=SAME_WEIGHTS)),
+    silent("X001", "no weights to compare", {}, **compared(still(), weights=None)),
+    silent("X001", "the buffers of a new layer are S103's", {}, **compared(still(as_created=(True, True)))),
+    silent("X001", "averaged with the buffers", {}, **averages(changed(**SAME_COUNT))),
+    silent("X001", "averaged, whole counters cut off", {}, **averages(changed(updates=(1000.0, 3.0)))),
+    silent(
+        "X001",
+        "early: the average is far in its weights too",
+        {},
+        **averages(changed(divergence=0.5, updates=(22.0, 0.0)), weights=replace(MOVED_WEIGHTS, relative=0.45)),
+    ),
+    silent("X001", "alone", {}),
+    fires("X002", "other data", {}, at=WHOLE, severity=WARNING, **ranks(changed())),
+    fires("X002", "noise", {}, at=WHOLE, severity=INFO, **ranks(changed(divergence=0.001))),
+    silent("X002", "broadcast", {}, **ranks(still())),
+    silent("X002", "two epochs", {}, **compared(changed())),
+    fires("X003", "gradients off", {}, at=WHOLE, severity=WARNING, **compared(changed(**FROZEN))),
+    silent("X003", "in eval mode too", {}, **compared(still(**SAME_COUNT | FROZEN))),
+    silent("X003", "learning", {}, **compared(changed())),
+    silent("X003", "recalibrated", {}, **compared(changed(**FROZEN), weights=SAME_WEIGHTS)),
+    silent("X003", "no counter", {}, **compared(changed(**UNCOUNTED | FROZEN))),
+    silent("X003", "an average", {}, **averages(changed(**FROZEN))),
+    fires("X004", "gone", {}, at=WHOLE, severity=WARNING, **compared(changed(), missing=missing(None))),
+    fires("X004", "folded", {}, at=WHOLE, severity=INFO, **compared(changed(), missing=missing("folded into conv9"))),
+    fires(
+        "X004",
+        "lost its buffers",
+        {},
+        at=WHOLE,
+        severity=WARNING,
+        **compared(changed(statistics=None, has_statistics=(True, False))),
+    ),
+    silent("X004", "all there", {}, **compared(changed())),
+    fires(
+        "X005",
+        "in eval mode from the second on",
+        {},
+        at=WHOLE,
+        severity=WARNING,
+        **epochs((True, False), (True, True), (True, True), updates=(1.0, 2.0, 2.0, 2.0)),
+    ),
+    fires(
+        "X005",
+        "counted all the same",
+        {},
+        at=WHOLE,
+        severity=ERROR,
+        **epochs((True, False), (True, True), updates=(1.0, 2.0, 3.0)),
+    ),
+    silent("X005", "always following", {}, **epochs((True, False), (True, False), updates=(1.0, 2.0, 3.0))),
+    silent("X005", "the training was over", {}, **epochs((True, False), (False, True), updates=(1.0, 2.0, 2.0))),
+    silent("X005", "never following is X001's", {}, **epochs((True, True), (True, True), updates=(1.0, 1.0, 1.0))),
+    silent(
+        "X005", "it moved again", {}, **epochs((True, False), (True, True), (True, False), updates=(1.0, 2.0, 2.0, 3.0))
+    ),
+    fires(
+        "X006", "converted", {}, at=WHOLE, severity=WARNING, **compared(changed(eps=(1e-5, 1e-3), gain_by_eps=-0.046))
+    ),
+    silent("X006", "too small to matter", {}, **compared(changed(eps=(1e-5, 1e-6), gain_by_eps=1e-5))),
+    silent("X006", "not said", {}, **compared(changed(eps=(None, 1e-3), gain_by_eps=None))),
+    fires("X007", "other inputs", {}, at=WHOLE, severity=INFO, **compared(changed(divergence=2.8), weights=NUDGED)),
+    silent("X007", "the weights moved as well", {}, **compared(changed(divergence=2.8))),
+    silent("X007", "recalibrated", {}, **compared(changed(divergence=2.8), weights=SAME_WEIGHTS)),
+    silent("X007", "an average", {}, **averages(changed(divergence=2.8), weights=NUDGED)),
+]
+
+ROWS = (
+    COMPARISON
+    + PLACES
+    + STATISTICS
+    + AFFINE
+    + SETTINGS
+    + NUMERICS
+    + DRIFT
+    + AVERAGED
+    + TRANSFORMERS
+    + TOKEN_DATA
+    + FILES
+)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from normdoctor.findings import DEBIAS_COMMAND, Evidence, Observation, Severity,
 from normdoctor.layers import Checkpoint, Container, Danger, LoadCall, Model, NormKind
 from normdoctor.measured import Measured, Measurement, Preprocessing, Recalibrated
 from normdoctor.moments import Moments
+from normdoctor.places import Activation, Fate, Neighbour, Place, Producer
 from normdoctor.reports.json import drift_of, plain
 from normdoctor.rules import RULES
 from normdoctor.rules.runner import Settings, examine, fill_in
@@ -28,12 +30,12 @@ def codes_of(report: Any) -> set[str]:
 
 
 def skipped(report: Any) -> dict[str, set[str]]:
-    """What rules lack beside data."""
+    """What rules lack beside data and graph."""
     return {skip.code: set(skip.missing) for skip in other_skips(report)}
 
 
 def other_skips(report: Any) -> tuple[Any, ...]:
-    return tuple(skip for skip in report.skips if "measured" not in skip.missing)
+    return tuple(skip for skip in report.skips if not {"measured", "place"} & set(skip.missing))
 
 
 # what is missing
@@ -195,6 +197,7 @@ def test_limits_are_plain_numbers(rule_) -> None:
 def test_evidence_levels_follow_from_what_a_rule_needs() -> None:
     levels = {rule_.code: rule_.evidence_level for rule_ in RULES}
     assert levels["S101"] is Evidence.TENSORS
+    assert levels["G501"] is levels["A208"] is levels["N404"] is Evidence.GRAPH
     assert levels["D601"] is levels["D611"] is levels["T704"] is Evidence.DATA
     assert levels["S104"] is levels["S106"] is levels["C303"] is Evidence.HYPER
 
@@ -307,6 +310,8 @@ def layers(draw: Any) -> dict[str, Any]:
         }
     if draw(st.booleans()):
         given_["measured"] = draw(seen(channels))
+    if draw(st.booleans()):
+        given_["place"] = draw(places(channels))
     return given_
 
 
@@ -341,6 +346,51 @@ def seen(draw: Any, channels: int) -> Measured:
         tanh_alpha=draw(st.sampled_from([None, 0.5])),
     )
 
+
+@st.composite
+def places(draw: Any, channels: int) -> Place:
+    """Anything that a graph could say of the surroundings."""
+    length = draw(st.sampled_from([channels] * 6 + [1, channels + 1]))
+
+    def vector() -> Any:
+        values = draw(st.none() | st.lists(NUMBERS, min_size=length, max_size=length))
+        return None if values is None else np.array(values, dtype=np.float64)
+
+    def neighbours() -> tuple[Neighbour, ...]:
+        return draw(st.lists(st.sampled_from(NEIGHBOURS), max_size=3).map(tuple))
+
+    def fate() -> Fate | None:
+        return draw(st.sampled_from(FATES))
+
+    producer = Producer(neighbour=NEIGHBOURS[0], alone=draw(st.booleans()), bias=vector(), largest=vector())
+    name = draw(st.sampled_from(["relu", "relu6", "clip", "silu", "leaky_relu", "sigmoid", "tanh", "softplus"]))
+    low, high = draw(st.sampled_from([(-math.inf, math.inf), (0.0, 6.0), (-1.0, 1.0), (3.0, -3.0), (math.nan, 1e300)]))
+    return Place(
+        calls=draw(st.sampled_from([0, 1, 3])),
+        before=neighbours(),
+        after=neighbours(),
+        producer=draw(st.sampled_from([None, producer])),
+        activation=draw(st.sampled_from([None, Activation(name=name, low=low, high=high)])),
+        positions=draw(st.sampled_from([None, 0, 1, 49])),
+        joins_branches=draw(st.booleans()),
+        padded=draw(st.sampled_from([(), ("conv2",)])),
+        dropouts=draw(st.sampled_from([(), (("", 0.5), ("drop2", math.nan), ("drop3", 1.0))])),
+        fate=fate(),
+        gain_fate=fate(),
+        inferred=draw(st.booleans()),
+    )
+
+
+NEIGHBOURS = tuple(
+    Neighbour(op=op) for op in ("convolution", "activation", "BatchNorm", "max-pooling", "matrix product", "input")
+)
+FATES = (
+    None,
+    Fate(verdict="folded backward", into=("conv1",), saved=64),
+    Fate(verdict="left", code="padding", reason="Zeros."),
+    Fate(verdict="left"),
+    Fate(verdict="decomposed"),
+)
 
 MEASUREMENTS = st.one_of(
     st.none(),
@@ -392,6 +442,8 @@ def test_no_record_makes_a_rule_fail_or_say_what_json_cannot(
             assert all(0 <= channel < channels[finding.layer] for channel in finding.channels)
         if finding.assumed:
             assert finding.severity <= Severity.WARNING
+        if "Inferred from names" in finding.message:
+            assert finding.severity is Severity.INFO
     json.dumps(plain(drift_of(report.drift)) if report.drift else None, allow_nan=False)
     named = [(finding.code, finding.layer) for finding in report.findings if finding.layer is not None]
     assert len(named) == len(set(named)), "one finding per rule and layer"

@@ -37,7 +37,7 @@ def find_norms(module: Any, layers: Sequence[NormLayer]) -> Found:
     with open_checkpoint(module) as checkpoint:
         live = checkpoint.layers
     for own in live:
-        layer = _layer_of(own, layers)
+        layer = layer_of(own, layers)
         if layer is None or layer.name in found.norms:
             continue
         if own.kind in LOOKED_AT:
@@ -83,7 +83,7 @@ def _above(name: str) -> Iterator[str]:
         yield ".".join(parts[:count])
 
 
-def _layer_of(own: NormLayer, layers: Iterable[NormLayer]) -> NormLayer | None:
+def layer_of(own: NormLayer, layers: Iterable[NormLayer]) -> NormLayer | None:
     """The file's layer that a live one is: of those with its values the one whose name is most like its own.
 
     Norms that were never updated have the same values, and bn1 is the end of layer1.0.bn1."""
