@@ -14,6 +14,7 @@ import typer
 
 from normdoctor import __version__
 from normdoctor.commands.common import choice, complain, stdout
+from normdoctor.commands.compare import compare
 from normdoctor.commands.fold import fold
 from normdoctor.commands.inspect import inspect
 from normdoctor.commands.recalibrate import recalibrate
@@ -96,5 +97,6 @@ def explain(
         rule_book.write_explanation(rule, stream)
 
 
+app.command()(compare)
 app.command()(recalibrate)
 app.command()(fold)
