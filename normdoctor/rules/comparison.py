@@ -62,7 +62,7 @@ def ranks_differ(comparison: Comparison, context: Context) -> Iterator[Observati
     scope=Scope.COMPARISON,
     why="A norm that only lost its gradients still follows each batch, so the frozen part of the network drifts.",
     fix="call eval() on the frozen norms after every model.train(), or use FrozenBatchNorm2d",
-    reference="https://github.com/keras-team/keras/issues/7177",
+    reference="https://github.com/pytorch/pytorch/issues/86590",
 )
 def frozen_but_moving(comparison: Comparison, context: Context) -> Iterator[Observation]:
     """gamma and beta are equal bit for bit while the counter rose and the statistics moved.
