@@ -89,8 +89,8 @@ def explain(
     code: Annotated[str, typer.Argument(help="A rule's code or name: S104, warmup-residue.")],
 ) -> None:
     """Explain one rule: what it means, when it is harmless, what to do, where it comes from."""
-    from normdoctor.inspection import find_rule
     from normdoctor.reports import rule_book
+    from normdoctor.selection import find_rule
 
     rule = find_rule(code)
     with stdout() as stream:

@@ -16,10 +16,10 @@ from normdoctor.comparing.ranks import rank_groups
 from normdoctor.comparing.travelled import Travelled
 from normdoctor.errors import InputError, UsageError
 from normdoctor.findings import Report, Rule, Scope
-from normdoctor.inspection import check_eps, checked_limits, choose_rules, matches, near_layers, several
 from normdoctor.layers import Checkpoint
 from normdoctor.readers import open_checkpoint
 from normdoctor.rules.runner import Settings, examine
+from normdoctor.selection import check_eps, checked_limits, choose_rules, matches, near_layers, several
 
 FAMILY = "X"
 

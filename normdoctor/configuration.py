@@ -24,7 +24,7 @@ from typing import Any
 
 from normdoctor.errors import UsageError, did_you_mean
 from normdoctor.findings import LayerIgnore, Precision
-from normdoctor.inspection import check_eps, check_momentum, check_precision, checked_limits, choose_rules
+from normdoctor.selection import check_eps, check_momentum, check_precision, checked_limits, choose_rules
 from normdoctor.writing import read_small
 
 FAIL_ON = ("error", "warning", "info", "never")

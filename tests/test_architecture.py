@@ -24,6 +24,7 @@ FLOORS = [
     {"exporting", "torchscript", "tracing"},
     {"data", "looking", "placing", "processes", "programs"},
     {"comparing", "measurement"},
+    {"selection"},
     {"inspection"},
     {"baseline", "comparison", "configuration"},
     {"recalibration", "folding"},

@@ -10,7 +10,7 @@ import pytest
 from normdoctor import baseline
 from normdoctor.errors import UsageError
 from normdoctor.findings import Confidence, Evidence, Failure, Finding, Report, Severity, Survey
-from normdoctor.inspection import find_rule
+from normdoctor.selection import find_rule
 
 
 def finding(code: str, layer: str | None, severity: Severity = Severity.WARNING) -> Finding:

@@ -30,9 +30,7 @@ def found(row: dict[str, str]) -> float:
 
 def test_healthy_layers_stay_far_from_the_limits() -> None:
     """To renew the tables: python benchmarks/prediction.py --write"""
-    healthy = {
-        row["chain"]: row for row in rows("Healthy nets: predicted against stored means") if row["net"] == "all"
-    }
+    healthy = {row["chain"]: row for row in rows("Healthy nets: predicted against stored means") if row["net"] == "all"}
     assert numbers(healthy["Gaussian"]["correlation"])[0] > LIMITS["typical_correlation"]
     assert 10 * numbers(healthy["exact"]["shift"])[2] < LIMITS["shift_warning"]
     assert 2 * numbers(healthy["exact, uneven"]["shift"])[2] < LIMITS["shift_uneven"]

@@ -280,7 +280,7 @@ def examined(
     quick: bool,
 ) -> Survey:
     """All files judged as the settings say, against the baseline if there is one."""
-    from normdoctor import baseline, inspection
+    from normdoctor import baseline, inspection, selection
 
     accepted = baseline.read(config.baseline) if config.baseline and not write_baseline else None
     survey = inspection.survey(
@@ -300,11 +300,11 @@ def examined(
         graph=graph,
         quick=quick,
     )
-    for sentence in inspection.layers_not_found(config.per_layer_ignores, survey) if not layer else ():
+    for sentence in selection.layers_not_found(config.per_layer_ignores, survey) if not layer else ():
         note(sentence)
     if accepted is None:
         return survey
-    chosen = {rule.code for rule in inspection.choose_rules(config.select, config.ignore)}
+    chosen = {rule.code for rule in selection.choose_rules(config.select, config.ignore)}
     return baseline.compare(
         survey,
         accepted,

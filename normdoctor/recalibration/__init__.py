@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from normdoctor.errors import NormDoctorError, UsageError, did_you_mean
 from normdoctor.findings import repaired_path
-from normdoctor.inspection import check_momentum, matches, several
 from normdoctor.layers import Container
 from normdoctor.measurement.processes import ALONE, Processes
 from normdoctor.processes import are_several
 from normdoctor.readers import open_checkpoint
 from normdoctor.readers.folders import folder_of
 from normdoctor.recalibration.records import METHODS, DebiasReport, MeasuredReport, Method, Recalibration
+from normdoctor.selection import check_momentum, matches, several
 from normdoctor.writing import check_output, replace_in_place, same_file
 
 if TYPE_CHECKING:
