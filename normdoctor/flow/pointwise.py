@@ -14,7 +14,7 @@ from normdoctor.flow.affine import Array
 from normdoctor.flow.constants import Constants
 from normdoctor.flow.gaussian import moments_after
 from normdoctor.flow.graph import Node, Op, Value
-from normdoctor.flow.spreads import Spread, activated
+from normdoctor.flow.spread import Spread
 
 MAX_NODES = 16
 """Operators that one written-out activation is made of."""
@@ -58,7 +58,7 @@ def pointwise(
         shares = weights.reshape(axis)
         mean = (shares * values).sum(axis=0)
         variance = (shares * (values - mean) ** 2).sum(axis=0)
-    return activated(spread, mean, variance, found.name)
+    return spread.activated(mean, variance, found.name)
 
 
 class WrittenOut(NamedTuple):

@@ -17,7 +17,8 @@ from normdoctor.flow.constants import Constants
 from normdoctor.flow.graph import Graph, Node, Op, Value
 from normdoctor.flow.pointwise import pointwise
 from normdoctor.flow.reading import Reach
-from normdoctor.flow.spreads import Spread, rank_of, spread_after
+from normdoctor.flow.spread import Spread, rank_of
+from normdoctor.flow.spreads import spread_after
 from normdoctor.places import Prediction
 
 NO_NORM = "no norm lies before it"

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from normdoctor.flow.affine import Affine, Array, Blocked
+from normdoctor.flow.affine import Array, Blocked
 from normdoctor.flow.borders import padding_before, share_inside, shares_of
 from normdoctor.flow.constants import Constants
 from normdoctor.flow.gaussian import moments_after
 from normdoctor.flow.graph import Node, Op, Value
-from normdoctor.flow.passing import after
 from normdoctor.flow.reading import Reach, reach_of
+from normdoctor.flow.spread import Spread, rank_of
 
 MAX_JOINED = 1 << 22
 """Elements of a mean after a concatenation."""
@@ -29,70 +29,6 @@ MAX_SEEN = 1 << 23
 
 SMALL_OPERAND = 1 << 20
 """Elements of a constant that is added or multiplied."""
-
-
-@dataclass(frozen=True, eq=False)
-class Spread:
-    """What is known of a value's distribution without data. Arrays are float64 and broadcast against the value."""
-
-    mean: Array
-    variance: Array | None
-    """None behind a weighted sum: how the channels depend on each other is not known."""
-    bias: Array
-    """What of the mean was added as a constant since the last weighted sum or activation."""
-    exact: bool = True
-    """No activation lies on the way."""
-    even: bool = True
-    """Every position of the sources counts alike."""
-    sized: bool = True
-    """No border of a map of unknown size lies on the way."""
-    sources: frozenset[str] = frozenset()
-    through: tuple[str, ...] = ()
-    """Words for the operators on the way, in order, each once."""
-
-    @property
-    def rank(self) -> int:
-        return int(self.mean.ndim)
-
-    @classmethod
-    def along(cls, axis: int, rank: int, mean: Array, variance: Array, source: str) -> Spread:
-        """From one number per channel."""
-        known = Affine.along(axis, rank, variance, mean)
-        return cls(known.shift, known.scale, np.zeros((1,) * rank), sources=frozenset((source,)))
-
-    def moved(self, node: Node, slot: int = 0) -> list[tuple[int, Spread]]:
-        """Behind an operator that moves values: output and what is known of it. Raises Blocked."""
-
-        def move(array: Array) -> dict[int, Array]:
-            steps = after(node, slot, Affine(array, np.zeros((1,) * array.ndim)))
-            return {place: affine.scale for place, affine in steps}
-
-        means, biases = move(self.mean), move(self.bias)
-        variances = None if self.variance is None else move(self.variance)
-        return [
-            (
-                place,
-                replace(
-                    self,
-                    mean=mean,
-                    variance=None if variances is None else variances[place],
-                    bias=biases[place],
-                    # Positions that become features have their own means, of which nothing is known.
-                    even=self.even and mean.size <= self.mean.size,
-                ),
-            )
-            for place, mean in means.items()
-        ]
-
-    def per_channel(self, axis: int = 1) -> tuple[Array, Array, bool]:
-        """Mean and bias as one number per element of `axis`, and whether they vary along no other axis."""
-        length = max(self.mean.shape[axis], self.bias.shape[axis])
-        others = tuple(place for place in range(self.rank) if place != axis)
-        alone = all(self.mean.shape[place] == 1 for place in others)
-        mean, bias = (
-            np.broadcast_to(array.mean(axis=others), (length,)).astype(np.float64) for array in (self.mean, self.bias)
-        )
-        return mean, bias, alone
 
 
 Given = Sequence[Spread | None]
@@ -135,23 +71,11 @@ class _Site:
         return array.reshape((1,) * (rank - array.ndim) + array.shape)
 
 
-def rank_of(value: Value) -> int:
-    """How many axes a value has. Raises Blocked where that is not known."""
-    if value.shape is None:
-        raise Blocked("unknown-shape", f"the shape of {value.name} is not known")
-    return len(value.shape)
-
-
 def _words(node: Node) -> str:
     name = node.attributes.get("name") if node.op is Op.ACTIVATION else None
     if node.op is Op.OTHER:
         return f"the operator {node.written}" if node.written else "an unknown operator"
     return str(name or node.op.value)
-
-
-def _told(spread: Spread, node: Node) -> Spread:
-    word = _words(node)
-    return spread if word in spread.through else replace(spread, through=(*spread.through, word))
 
 
 def _merged_words(*spreads: Spread) -> tuple[str, ...]:
@@ -166,7 +90,7 @@ def _moved(site: _Site) -> Outcome:
 
 
 def _resized(site: _Site) -> Outcome:
-    return [(place, _told(replace(spread, even=False), site.node)) for place, spread in site.x.moved(site.node)]
+    return [(place, replace(spread, even=False).told(_words(site.node))) for place, spread in site.x.moved(site.node)]
 
 
 def _sliced(site: _Site) -> Outcome:
@@ -182,7 +106,7 @@ def _averaged(site: _Site) -> Outcome:
     lengths = (node.y.shape or (None,) * site.x.rank)[2:]
     everything = node.op is Op.REDUCE_MEAN or all(length == 1 for length in lengths)
     return [
-        (place, _told(replace(spread, variance=None, even=spread.even and everything), node))
+        (place, replace(spread, variance=None, even=spread.even and everything).told(_words(node)))
         for place, spread in site.x.moved(node)
     ]
 
@@ -225,7 +149,7 @@ def _concatenated(site: _Site) -> Outcome:
         frozenset().union(*(part.sources for part in parts)),
         _merged_words(*parts),
     )
-    return [(0, _told(result, node))]
+    return [(0, result.told(_words(node)))]
 
 
 def _padded(site: _Site) -> Outcome:
@@ -243,7 +167,7 @@ def _padded(site: _Site) -> Outcome:
         if spread.variance is not None:
             variance = share * (spread.variance + (spread.mean - filler) ** 2 * (1 - share))
         spread = replace(spread, mean=mean, variance=variance, bias=share * spread.bias)
-    return [(0, _told(replace(spread, even=False, sized=spread.sized and sized), node))]
+    return [(0, replace(spread, even=False, sized=spread.sized and sized).told(_words(node)))]
 
 
 # Arithmetic
@@ -267,14 +191,14 @@ def _added(site: _Site) -> Outcome:
             first.sources | second.sources,
             _merged_words(first, second),
         )
-        return [(0, _told(result, node))]
+        return [(0, result.told(_words(node)))]
     data = first if first is not None else second
     other = node.inputs[1 if first is not None else 0]
     if data is None or other is None:
         raise Blocked("unknown-shape", f"{_words(node)} of a value that is missing lies between")
     constant = site.constant(other)
     if first is None:
-        data, constant = (_scaled(data, np.full((1,) * data.rank, sign)), constant)
+        data, constant = (data.scaled(np.full((1,) * data.rank, sign)), constant)
         sign = 1.0
     data = _grown(data, constant)
     return [(0, replace(data, mean=data.mean + sign * constant, bias=data.bias + sign * constant))]
@@ -284,11 +208,6 @@ def _grown(spread: Spread, constant: Array) -> Spread:
     if constant.ndim != spread.rank:
         raise Blocked("unknown-shape", "an operand with other axes lies between")
     return spread
-
-
-def _scaled(spread: Spread, factor: Array) -> Spread:
-    variance = None if spread.variance is None else spread.variance * factor**2
-    return replace(spread, mean=spread.mean * factor, variance=variance, bias=spread.bias * factor)
 
 
 def _multiplied(site: _Site) -> Outcome:
@@ -304,11 +223,11 @@ def _multiplied(site: _Site) -> Outcome:
             raise Blocked("nonlinear", "a reciprocal lies between")
         with np.errstate(all="ignore"):
             constant = 1.0 / constant
-    return [(0, _scaled(_grown(data, constant), constant))]
+    return [(0, _grown(data, constant).scaled(constant))]
 
 
 def _negated(site: _Site) -> Outcome:
-    return [(0, _scaled(site.x, np.full((1,) * site.x.rank, -1.0)))]
+    return [(0, site.x.scaled(np.full((1,) * site.x.rank, -1.0)))]
 
 
 # Activations
@@ -331,15 +250,7 @@ def _activated(site: _Site) -> Outcome:
     if found is None:
         raise Blocked("nonlinear", f"{name or node.written}, whose moments are not known, lies between")
     mean, variance = found
-    return [(0, activated(spread, mean, variance, name))]
-
-
-def activated(spread: Spread, mean: Array, variance: Array, name: str) -> Spread:
-    """What is known behind an activation."""
-    through = spread.through if name in spread.through else (*spread.through, name)
-    return replace(
-        spread, mean=mean, variance=variance, bias=np.zeros((1,) * spread.rank), exact=False, through=through
-    )
+    return [(0, spread.activated(mean, variance, name))]
 
 
 def _of_channels(slopes: Array, rank: int) -> Array:
@@ -385,7 +296,7 @@ def _convolved(site: _Site) -> Outcome:
         even=spread.even and alone and plain,
         sized=spread.sized and sized,
     )
-    return [(0, _told(result, node))]
+    return [(0, result.told(_words(node)))]
 
 
 def _inputs_of(node: Node) -> int:
@@ -429,7 +340,7 @@ def _product(site: _Site) -> Outcome:
         bias=bias.reshape(shape),
         even=spread.even and alone,
     )
-    return [(0, _told(result, node))]
+    return [(0, result.told(_words(node)))]
 
 
 STEPS: dict[Op, Callable[[_Site], Outcome]] = {
