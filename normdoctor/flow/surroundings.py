@@ -103,15 +103,16 @@ class _Survey:
     def place_of(self, nodes: list[Node]) -> Place:
         """Of the layer that stands at these nodes."""
         node, name = nodes[0], name_of(nodes[0])
-        takers = [taker for each in nodes for output in each.outputs[:1] for taker in self._takers(output)]
+        takers = [taker for each in nodes if each.outputs for taker in self._takers(self._exit(each))]
         tokens = node.op is Op.LAYER_NORM or node.op not in NORMS
         predictions = [self.forecast.predictions.get(each) for each in nodes]
         known = [prediction for prediction in predictions if prediction is not None]
         complete = len(known) == len(predictions)
         return Place(
             calls=len(nodes),
-            before=tuple(self._before(node.x)) if node.inputs and node.inputs[0] is not None else (),
-            after=tuple(dict.fromkeys(self._named(taker) for taker in takers)) or (_output(node),),
+            before=tuple(self._before(self._entry(node))) if node.inputs and node.inputs[0] is not None else (),
+            after=tuple(dict.fromkeys(map(self._named, takers)))
+            or (Neighbour(op="output", label=self._exit(node).name),),
             producer=self._producer(node) if len(nodes) == 1 else None,
             activation=self._activation(takers, nodes),
             positions=_positions(node),
@@ -132,6 +133,32 @@ class _Survey:
 
     def _why_not(self, nodes: list[Node]) -> str:
         return next((self.forecast.reasons[node] for node in nodes if node in self.forecast.reasons), "")
+
+    # Norms that are written out in arithmetic
+
+    def _entry(self, node: Node) -> Value:
+        """What goes into the norm: of (x - mean) / deviation the x."""
+        maker = node.x.producer
+        if node.op in NORMS or maker is None or maker.op is not Op.SUBTRACT or len(maker.inputs) != 2:
+            return node.x
+        data, mean = maker.inputs
+        if data is None or mean is None:
+            return node.x
+        averaged = mean.producer is not None and mean.producer.inputs[:1] == [data]
+        return data if averaged or self.constants.knows(mean) else node.x
+
+    def _exit(self, node: Node) -> Value:
+        """What comes out of it, behind gain and shift."""
+        value = node.y
+        for _ in range(2 if node.op not in NORMS else 0):
+            uses = [use for use in value.uses if use.node.op is not Op.SHAPE]
+            if len(uses) != 1 or value.is_output or uses[0].node.op not in (Op.MULTIPLY, Op.ADD):
+                break
+            others = (other for slot, other in enumerate(uses[0].node.inputs) if slot != uses[0].slot)
+            if not all(self.constants.knows(other) for other in others):
+                break
+            value = uses[0].node.y
+        return value
 
     # What comes before
 
@@ -287,10 +314,6 @@ def _channels(norm: Node) -> int:
     """How many numbers its parameters have; 0 where it has none."""
     shapes = (value.shape for value in norm.inputs[1:] if value is not None)
     return next((shape[0] for shape in shapes if shape and isinstance(shape[0], int)), 0)
-
-
-def _output(node: Node) -> Neighbour:
-    return Neighbour(op="output", label=node.outputs[0].name if node.outputs else "")
 
 
 def _positions(norm: Node) -> int | None:

@@ -17,7 +17,7 @@ from normdoctor.layers import NormLayer, Vector
 from normdoctor.measured import Drift, DriftVerdict
 from normdoctor.reports import comparison_text
 from normdoctor.reports.drift import DRIFT_COLUMNS, drift_in_words
-from normdoctor.reports.places import fed_by, feeds, fold_of
+from normdoctor.reports.places import fed_by, feeds, fold_in_brief, predicted, why_unpredicted
 from normdoctor.reports.terminal import console_for, print_columns, print_paragraph, print_table
 from normdoctor.reports.text import printable
 from normdoctor.reports.wording import (
@@ -122,8 +122,7 @@ class _Page:
             comparison_text.write(self.console, comparison, self.bars, every_layer=self.every_layer)
         if self.report.layers and (comparison is None or comparison.kind is not ComparisonKind.CHECKPOINTS):
             self._table()
-        if self.every_layer or self.verbose:
-            self._places()
+        self._places()
         if self.verbose:
             self._details()
         self._last_line()
@@ -198,19 +197,23 @@ class _Page:
     def _places(self) -> None:
         """What feeds each norm and what it feeds, where that is known."""
         layers = [layer for layer in worst_layers_first(self.report) if layer.place is not None]
+        guessed = any(layer.place.inferred for layer in layers if layer.place is not None)
         shown = layers[: None if self.every_layer else LAYERS_SHOWN]
-        if not shown:
+        if not shown or (guessed and not (self.every_layer or self.verbose)):
             return
         columns = [
             ("layer", [layer.name for layer in shown]),
             ("fed by", list(map(fed_by, shown))),
             ("feeds", list(map(feeds, shown))),
-            ("fold", list(map(fold_of, shown))),
+            ("mean as predicted", list(map(predicted, shown))),
+            ("fold", list(map(fold_in_brief, shown))),
         ]
-        print_columns(self.console, columns, words=("feeds", "fold"))
+        print_columns(self.console, columns, words=("feeds", "mean as predicted", "fold"))
         self._hidden(len(layers) - len(shown))
-        if any(layer.place.inferred for layer in shown if layer.place is not None):
+        if guessed:
             self._paragraph("a place with ? is inferred from names: the file has no graph", 0)
+        if why := why_unpredicted(layers):
+            self._paragraph(f"not predicted: {why}", 0)
         self._line()
 
     def _drift(self, drift: Drift) -> None:

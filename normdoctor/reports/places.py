@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from normdoctor.layers import NormLayer, Vector
-from normdoctor.places import Fate, Neighbour, Prediction
+from normdoctor.places import Fate, Neighbour, Prediction, Verdict
+from normdoctor.reports.wording import short
+from normdoctor.rules.prediction import agreement
 
 DIGITS = 7
 """Of numbers per channel in JSON: what a float32 holds."""
 
-LEFT = "left"
-"""The verdict on norms that no fold takes (`flow.plan.Verdict`)."""
+NAMED = 2
+"""Layers that a reason names."""
+
+BRIEF = {Verdict.BACKWARD.value: "back", Verdict.FORWARD.value: "forward"}
 
 
 def fed_by(layer: NormLayer) -> str:
@@ -36,9 +41,42 @@ def fold_of(layer: NormLayer) -> str:
     fate = None if layer.place is None else layer.place.fate
     if fate is None:
         return ""
-    if fate.verdict == LEFT:
+    if fate.verdict == Verdict.LEFT.value:
         return f"stays ({fate.code})"
     return f"into {', '.join(fate.into)}" if fate.into else fate.verdict
+
+
+def fold_in_brief(layer: NormLayer) -> str:
+    """The same in a word: back, forward, merged, or why it stays."""
+    fate = None if layer.place is None else layer.place.fate
+    if fate is None:
+        return ""
+    return f"stays: {fate.code}" if fate.verdict == Verdict.LEFT.value else BRIEF.get(fate.verdict, fate.verdict)
+
+
+def predicted(layer: NormLayer) -> str:
+    """How running_mean agrees with what the norms before it give: the median distance in standard deviations where no
+    activation lies between, else the correlation over the channels. A dash where nothing could be compared."""
+    place = layer.place
+    if place is None or layer.running_mean is None:
+        return ""
+    found = agreement(layer)
+    if found is None:
+        return "-"
+    return f"{short(found.shift)} s.d." if found.prediction.exact else f"r {found.correlation:.2f}"
+
+
+def why_unpredicted(layers: Iterable[NormLayer]) -> str:
+    """Why no mean was predicted for some, with the first layers of each reason; empty where there is none."""
+    reasons: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.place is not None and layer.running_mean is not None and layer.place.unpredicted:
+            reasons.setdefault(layer.place.unpredicted, []).append(layer.name)
+    parts = []
+    for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1])):
+        more = f", {len(names) - NAMED} more" if len(names) > NAMED else ""
+        parts.append(f"{reason} ({', '.join(names[:NAMED])}{more})")
+    return "; ".join(parts)
 
 
 def _name(neighbour: Neighbour) -> str:

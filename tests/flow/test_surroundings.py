@@ -14,6 +14,7 @@ from normdoctor.flow.surroundings import places_of
 from normdoctor.places import Place
 from normdoctor.readers.arrays import Source
 from normdoctor.readers.export_flow import read_flow
+from normdoctor.readers.onnx import survey as survey_onnx
 from normdoctor.readers.torch_export import open_program
 from normdoctor.readers.torch_pickle import ZipRecords
 
@@ -148,3 +149,27 @@ def test_the_network_begins_and_ends(survey: Survey) -> None:
     place = survey(nn.Sequential(nn.BatchNorm2d(3)))["0"]
     assert place.before[0].op == "input" and place.after[0].op == "output"
     assert place.unpredicted == "no norm lies before it"
+
+
+class WrittenOutNorm(nn.Module):
+    """A LayerNorm as decomposed exports have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.norm(self.first(x)))
+
+
+@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning")
+def test_a_norm_that_is_written_out(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    net = WrittenOutNorm().eval()
+    nn.init.ones_(net.norm.bias)
+    torch.onnx.export(net, (torch.randn(2, 6),), path, dynamo=False, opset_version=14)
+    with Source(path) as source, survey_onnx(source).checkpoint as checkpoint:
+        (name,) = (layer.name for layer in checkpoint.layers)
+        place = places_of(checkpoint.graphs[None]())[name]  # type: ignore[arg-type]
+    assert words(place) == ("matrix product first", "matrix product last")

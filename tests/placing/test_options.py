@@ -26,11 +26,13 @@ def test_places_in_the_console(files: Path, nets: object) -> None:
     done = inspect(files, nets, "net.pt2", "--all")
     assert done.returncode in (0, 1), done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert ["layer", "fed", "by", "feeds", "fold"] in rows
-    assert ["bn3", "max-pooling(silu(tail.1))", "mean", "into", "head"] in rows
+    assert ["layer", "fed", "by", "feeds", "mean", "as", "predicted", "fold"] in rows
+    assert ["bn3", "max-pooling(silu(tail.1))", "mean", "-", "forward"] in rows
+    assert "max-pooling lies between (bn3)" in " ".join(done.stdout.split())
     table = done.stdout[done.stdout.index("fed by") :]
     assert max(map(len, table.splitlines())) <= 80
-    assert "fed by" not in inspect(files, nets, "net.pt2").stdout
+    assert "fed by" in inspect(files, nets, "net.pt2").stdout
+    assert "fed by" not in inspect(files, nets, "weights.pt").stdout
     assert "need the graph" not in done.stdout
 
 
