@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +241,8 @@ class TestStateDictInMemory:
             assert [(one.name, one.kind, one.channels) for one in live.layers] == [
                 (one.name, one.kind, one.channels) for one in stored.layers
             ]
-            assert live.findings == stored.findings
+            # a fix names the file, or the call of the API
+            assert [replace(one, fix="") for one in live.findings] == [replace(one, fix="") for one in stored.findings]
         assert live.format == "live PyTorch state_dict"
         assert read(net.state_dict()).notes == ()
 

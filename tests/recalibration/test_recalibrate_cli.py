@@ -259,6 +259,7 @@ def test_options_without_data(call: Call) -> None:
     for option in (("--samples", "3"), ("--arch", "nets:ResNet"), ("--trust",), ("--labels", "y")):
         done = call("recalibrate", "healthy.pt", "--method", "debias", *option)
         assert done.code == 2 and option[0] in done.err
+    for option in (("--samples", "3"), ("--labels", "y")):
         done = call("inspect", "healthy.pt", *option)
         assert done.code == 2 and option[0] in done.err
     done = call("recalibrate", "healthy.pt", "--method", "debias", "--data", "digits.npz")
