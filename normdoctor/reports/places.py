@@ -9,13 +9,16 @@ from typing import Any
 from normdoctor.layers import NormLayer, Vector
 from normdoctor.places import Fate, Neighbour, Prediction, Verdict
 from normdoctor.reports.wording import short
-from normdoctor.rules.prediction import agreement
+from normdoctor.rules.prediction import ALIKE, agreement
 
 DIGITS = 7
 """Of numbers per channel in JSON: what a float32 holds."""
 
 NAMED = 2
 """Layers that a reason names."""
+
+BENT = 0.25
+"""Further from 1 a slope of stored against predicted means is told."""
 
 BRIEF = {Verdict.BACKWARD.value: "back", Verdict.FORWARD.value: "forward"}
 
@@ -56,14 +59,17 @@ def fold_in_brief(layer: NormLayer) -> str:
 
 def predicted(layer: NormLayer) -> str:
     """How running_mean agrees with what the norms before it give: the median distance in standard deviations where no
-    activation lies between, else the correlation over the channels. A dash where nothing could be compared."""
+    activation lies between, else the correlation over the channels, with the slope where it is far from 1. A dash
+    where nothing could be compared."""
     place = layer.place
     if place is None or layer.running_mean is None:
         return ""
     found = agreement(layer)
     if found is None:
         return "-"
-    return f"{short(found.shift)} s.d." if found.prediction.exact else f"r {found.correlation:.2f}"
+    words = f"{short(found.shift)} s.d." if found.prediction.exact else f"r {found.correlation:.2f}"
+    bent = found.prediction.sized and found.correlation >= ALIKE and abs(found.slope - 1) > BENT
+    return f"{words} x {found.slope:.2f}" if bent else words
 
 
 def why_unpredicted(layers: Iterable[NormLayer]) -> str:

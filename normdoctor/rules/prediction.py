@@ -12,6 +12,7 @@ import numpy as np
 from normdoctor.findings import Confidence, Context, Observation, Rule, Scope, Severity, rule
 from normdoctor.layers import TRACKING_KINDS, NormLayer, Vector, median
 from normdoctor.places import Prediction
+from normdoctor.rules.decay import plain_momentum, residue
 from normdoctor.rules.guards import ENOUGH, FEW, frozen, usable_eps
 from normdoctor.rules.wording import REESTIMATE, number, percent
 
@@ -20,6 +21,9 @@ TOLD = 5
 
 SEVERAL = 3
 """Ways from which on a median says what is typical of a model."""
+
+AGREED = 0.02
+"""Slopes of exact ways that are no further apart than this are one: an average that lags has another in each layer."""
 
 LOUD = 0.1
 """From this size on (root mean square over the channels, in standard deviations) predictions through activations must
@@ -78,6 +82,11 @@ class Agreement:
         return math.sqrt(float(np.mean(self.predicted**2)))
 
     @property
+    def telling(self) -> bool:
+        """Whether it is exact, and large enough to be heard."""
+        return self.prediction.exact and self.prediction.even and self.loudness > AUDIBLE
+
+    @property
     def says_something(self) -> bool:
         """Whether the channels differ in what is predicted of them."""
         size = self.loudness
@@ -126,6 +135,7 @@ def agreement(layer: NormLayer) -> Agreement | None:
         "shift_uneven": 0.25,
         "shift_error": 0.3,
         "slope": 0.05,
+        "lag": 0.25,
         "correlation_warning": 0.5,
         "correlation_error": 0.3,
         "typical_correlation": 0.9,
@@ -143,13 +153,15 @@ def stats_contradict_weights(layers: Sequence[NormLayer], context: Context) -> I
     to these weights: averaged weights with the buffers of one of them, a partial load, a conversion that dropped a
     bias, buffers of another run, of early training, or that still hold a part of their initial 0.
 
-    Exact ways are judged by the median shift in standard deviations, those without borders and strides also by
-    correlation and slope of stored against predicted means (the slope is 1 minus the share of the initial zeros).
-    Ways through activations are judged by the correlation over the channels: below 0.5, or below 0.8 where the
-    model's median of it is below 0.9; and by a slope that is the same in most layers, since sparse activations
-    bend the slope of a single layer. At most info under 16 channels; silent under 8, where statistics are the
-    untouched 0 and 1 (S103), and where all predictions are alike. Max-pooling and products of two values end a
-    chain: the report says so.
+    Exact ways are judged by the median shift in standard deviations; those without borders and strides also by the
+    correlation (below 0.5), and by the slope of stored against predicted means, which is 1 minus the share of the
+    initial zeros: where it is below 0.75, where the shift is large, or where all exact ways agree on one below
+    0.95. Running averages lag behind weights that still move, so a single slope of 0.9 proves nothing, and where
+    the counter rules a residue out the lag is what is named. Ways through activations are judged by the
+    correlation over the channels: below 0.5, or below 0.8 where the model's median of it is below 0.9; and by a
+    slope that is the same in most layers, since sparse activations bend the slope of a single layer. At most info
+    under 16 channels; silent under 8, where statistics are the untouched 0 and 1 (S103), and where all predictions
+    are alike. Max-pooling and products of two values end a chain: the report says so.
 
     Harmless where BatchNorm was frozen while the weights were fine-tuned: then the output of a norm is no longer
     beta and |gamma|, and it need not be. Example: correlation -0.12 over 64 channels, where trained networks have
@@ -162,7 +174,9 @@ def stats_contradict_weights(layers: Sequence[NormLayer], context: Context) -> I
         if layer.name not in found:
             continue
         each = found[layer.name]
-        verdict = _exactly(each, context) if each.prediction.exact else _nearly(each, context, usual)
+        verdict = (
+            _exactly(layer, each, context, usual) if each.prediction.exact else _nearly(layer, each, context, usual)
+        )
         if verdict is None:
             continue
         severity, words = verdict
@@ -195,55 +209,77 @@ def stats_contradict_weights(layers: Sequence[NormLayer], context: Context) -> I
 
 
 class _Usual(NamedTuple):
-    """What is typical of a model's ways through activations, of which a single one proves little; None: too few."""
+    """What is typical of a model, where a single way proves little; None: too few."""
 
     correlation: float | None
+    """Through activations."""
     doubted: bool
-    """Whether the correlation is lower than trained networks have it."""
+    """Whether that is lower than trained networks have it."""
     slope: float | None
-    """Behind known borders."""
+    """Through activations, behind known borders."""
     scaled: bool
-    """Whether the slope is none that trained networks have."""
+    """Whether that is none that trained networks have."""
+    common: float | None
+    """The slope of all exact ways, where they agree on one below 1."""
 
 
 def _usual(found: Sequence[Agreement], context: Context) -> _Usual:
+    limits = context.limits
     near = [each for each in found if not each.prediction.exact]
     correlations = [each.correlation for each in near if each.loudness > LOUD]
-    slopes = [each.slope for each in near if each.prediction.sized and each.correlation >= ALIKE]
+    slopes = np.asarray([each.slope for each in near if each.prediction.sized and each.correlation >= ALIKE])
+    exact = np.asarray([each.slope for each in found if each.telling and each.correlation >= ALIKE])
     correlation = median(np.asarray(correlations)) if len(correlations) >= SEVERAL else None
-    slope = median(np.asarray(slopes)) if len(slopes) >= SEVERAL else None
-    limits = context.limits
+    slope = median(slopes) if len(slopes) > 1 else None
+    off = np.abs(slopes - 1)
+    scaled = slope is not None and abs(slope - 1) > limits["typical_slope"]
+    if len(slopes) < SEVERAL:
+        scaled = scaled and bool((off > 2 * limits["typical_slope"]).all())
+    common = median(exact) if len(exact) >= SEVERAL else None
+    if common is not None and (common > 1 - limits["slope"] or float(np.abs(exact - common).max()) > AGREED):
+        common = None
     return _Usual(
-        correlation,
-        correlation is not None and correlation < limits["typical_correlation"],
-        slope,
-        slope is not None and abs(slope - 1) > limits["typical_slope"],
+        correlation, correlation is not None and correlation < limits["typical_correlation"], slope, scaled, common
     )
 
 
-def _exactly(each: Agreement, context: Context) -> tuple[Severity, str] | None:
+def _exactly(layer: NormLayer, each: Agreement, context: Context, usual: _Usual) -> tuple[Severity, str] | None:
     limits, shift, slope, correlation = context.limits, each.shift, each.slope, each.correlation
     severity = Severity.ERROR if shift > limits["shift_error"] else Severity.WARNING
-    telling = each.prediction.even and each.loudness > AUDIBLE
-    if telling and correlation >= ALIKE and 0 < slope < 1 - limits["slope"]:
-        return severity, (
-            f"running_mean is {number(slope)} times what the norms before it give: "
-            f"about {percent(1 - slope)} of the buffers is still their initial 0"
+    far = shift > limits["shift_warning" if each.prediction.even else "shift_uneven"]
+    short_of = each.telling and correlation >= ALIKE and 0 < slope < 1 - limits["slope"]
+    if short_of and (far or slope < 1 - limits["lag"] or usual.common is not None):
+        lags = _ruled_out(layer, slope) and not far and usual.common is None
+        return (Severity.INFO if lags else severity), (
+            f"running_mean is {number(slope)} times what the norms before it give: {_cause(layer, slope)}"
         )
-    if shift > limits["shift_warning" if each.prediction.even else "shift_uneven"]:
+    if far:
         return severity, (
             f"running_mean is {number(shift)} s.d. (median) off what the norms before it give, without an activation "
             f"between, over {len(each.predicted)} channels"
         )
-    if telling and (correlation < limits["correlation_warning"] or slope > 1 + limits["slope"]):
+    if each.telling and correlation < limits["correlation_warning"]:
         return Severity.WARNING, (
             f"running_mean does not follow what the norms before it give, without an activation between: correlation "
-            f"{correlation:.2f} and slope {slope:.2f} over {len(each.predicted)} channels, where both are 1"
+            f"{correlation:.2f} over {len(each.predicted)} channels, where it is 1"
         )
     return None
 
 
-def _nearly(each: Agreement, context: Context, usual: _Usual) -> tuple[Severity, str] | None:
+def _cause(layer: NormLayer, slope: float) -> str:
+    """What makes stored means a fraction of the predicted ones."""
+    if _ruled_out(layer, slope):
+        return "no initial zeros, by its counter, but an average that lags behind the weights, or was taken with others"
+    return f"about {percent(1 - slope)} of the buffers is still their initial 0"
+
+
+def _ruled_out(layer: NormLayer, slope: float) -> bool:
+    """By momentum and counter far less of the buffers is initial than the slope would take."""
+    momentum, updates = plain_momentum(layer), layer.numbers.updates
+    return momentum is not None and bool(updates) and residue(momentum, updates or 0.0) < (1 - slope) / 2
+
+
+def _nearly(layer: NormLayer, each: Agreement, context: Context, usual: _Usual) -> tuple[Severity, str] | None:
     limits, correlation = context.limits, each.correlation
     bar = limits["correlation_doubted" if usual.doubted else "correlation_warning"]
     if correlation < bar and each.loudness > LOUD:
@@ -258,8 +294,7 @@ def _nearly(each: Agreement, context: Context, usual: _Usual) -> tuple[Severity,
             f"running_mean is {number(each.slope)} times what the norms before it give, {number(usual.slope)} times "
             "in the typical layer"
         )
-        left = f": about {percent(1 - usual.slope)} of the buffers may still be their initial 0"
-        return Severity.WARNING, words + (left if 0 < usual.slope < 1 else "")
+        return Severity.WARNING, words + (f": {_cause(layer, usual.slope)}" if 0 < usual.slope < 1 else "")
     return None
 
 

@@ -27,11 +27,12 @@ def predicted(mean: np.ndarray, **more: Any) -> Place:
 
 def layer(stored: np.ndarray, mean: np.ndarray, var: np.ndarray = VARIANCE, **more: Any) -> dict[str, Any]:
     frozen = more.pop("requires_grad", None)
+    counted = {"num_batches_tracked": more.pop("updates")} if "updates" in more else {}
     place = predicted(mean, **more)
     return {
         "channels": len(stored), "running_mean": stored, "running_var": var[: len(stored)], "place": place,
-        "weight": None, "bias": None, "affine": False, "requires_grad": frozen,
-    }  # fmt: skip
+        "weight": None, "bias": None, "affine": False, "requires_grad": frozen, "num_batches_tracked": None,
+    } | counted  # fmt: skip
 
 
 def found(judge: Judge, *layers: dict[str, Any], **limits: float) -> list[Finding]:
@@ -88,6 +89,34 @@ def test_exact_ways_tell_the_residue_of_a_single_layer(size: float, judge: Judge
     (finding,) = found(judge, layer(0.7 * size * MEANS[0], size * MEANS[0], exact=True))
     assert "about 30 %" in finding.message
     assert finding.evidence["slope"] == pytest.approx(0.7)
+
+
+def test_a_counter_that_rules_a_residue_out(judge: Judge) -> None:
+    """Momentum 0.1 and 1,000 updates leave nothing initial: a single slope is then an average that lags."""
+    (finding,) = found(judge, layer(0.7 * 0.01 * MEANS[0], 0.01 * MEANS[0], exact=True, updates=1000))
+    assert finding.severity is Severity.INFO
+    assert "no initial zeros" in finding.message
+    layers = [layer(0.7 * 0.01 * mean, 0.01 * mean, exact=True, updates=1000) for mean in MEANS]
+    assert {each.severity for each in found(judge, *layers)} == {Severity.WARNING}, "as one in all layers"
+
+
+@pytest.mark.parametrize("slope", [0.85, 0.95, 1.05, 1.7])
+def test_an_average_that_lags_a_little_is_nothing(slope: float, judge: Judge) -> None:
+    """Healthy nets after a few epochs at a constant learning rate have slopes of 0.83 to 1.76, by 0.001 s.d."""
+    assert not found(judge, layer(slope * 0.01 * MEANS[0], 0.01 * MEANS[0], exact=True))
+
+
+@pytest.mark.parametrize(("residue", "severities"), [(0.02, set()), (0.1, {Severity.WARNING})])
+def test_a_small_residue_shows_where_all_exact_ways_agree(
+    residue: float, severities: set[Severity], judge: Judge
+) -> None:
+    layers = [layer((1 - residue) * 0.01 * mean, 0.01 * mean, exact=True) for mean in MEANS]
+    assert {finding.severity for finding in found(judge, *layers)} == severities
+
+
+@pytest.mark.parametrize(("slope", "count"), [(0.4, 2), (0.7, 0)])
+def test_two_ways_through_activations_must_be_far_off(slope: float, count: int, judge: Judge) -> None:
+    assert len(found(judge, *(layer(slope * mean, mean) for mean in MEANS[:2]))) == count
 
 
 def test_predictions_of_nothing_prove_nothing(judge: Judge) -> None:
