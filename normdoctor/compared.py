@@ -3,6 +3,7 @@ and the reports show."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -94,6 +95,12 @@ class LayerChange:
     """The channels with the largest divergence, at most five."""
     has_statistics: tuple[bool, bool] = (True, True)
     """Whether each side has running statistics of it."""
+    broken_on: tuple[int, int] = (0, 0)
+    """How many of `broken` each side has."""
+    reordered: bool = False
+    """Its statistics are the same numbers on both sides, in another order."""
+    gain_by_eps_worst: float | None = None
+    """As `gain_by_eps`, of the channel that it changes most."""
 
     @property
     def steps(self) -> float | None:
@@ -105,6 +112,12 @@ class LayerChange:
     def still(self) -> bool:
         """Its statistics are the same on both sides."""
         return self.statistics in (Motion.EQUAL, Motion.ROUNDED)
+
+    @property
+    def other_eps(self) -> bool:
+        """Both sides say its eps, and not the same one."""
+        before, after = self.eps
+        return before is not None and after is not None and not math.isclose(before, after, rel_tol=1e-4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +133,9 @@ class WeightsChange:
     motion: Motion
     unmatched: int = 0
     """Weights of the later side for which the earlier one has none."""
+    cosine: float | None = None
+    """Of the angle between both sides, on the same samples: near 1 for states of one training and near 0 for weights
+    that have nothing to do with each other. None where they did not move, or there is too little to tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +164,11 @@ class Trajectory:
     updates: tuple[float | None, ...]
     """num_batches_tracked in each checkpoint."""
 
+    def falls(self, step: int) -> bool:
+        """Its counter is lower after this step than before."""
+        before, after = self.updates[step : step + 2]
+        return before is not None and after is not None and after < before
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -165,11 +186,27 @@ class Comparison:
     """From each of three or more checkpoints to the next."""
     trajectories: tuple[Trajectory, ...] = ()
     notes: tuple[str, ...] = ()
+    dropped_biases: tuple[str, ...] = ()
+    """Biases in front of norms that are 0 or gone on the later side, while the norms' statistics are the same."""
+    odd: int | None = None
+    """Of three ranks or more, the one whose statistics are others while those of all the rest are equal bit for bit."""
 
     @property
     def tracked(self) -> tuple[LayerChange, ...]:
         """The layers with running statistics on both sides."""
         return tuple(row for row in self.layers if row.statistics is not None)
+
+    @property
+    def falling(self) -> tuple[int, ...]:
+        """The steps over which most counters fall while the weights move: the checkpoints are not in their order."""
+        return tuple(
+            place
+            for place, step in enumerate(self.steps)
+            if step is not None
+            and step.motion is Motion.MOVED
+            and not any(side.averaged for side in self.sides[place : place + 2])
+            and 2 * sum(row.falls(place) for row in self.trajectories) > len(self.trajectories)
+        )
 
     @property
     def weights_moved(self) -> bool | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,6 +20,7 @@ from normdoctor.errors import InputError, UsageError
 from normdoctor.findings import Report, Rule, Scope
 from normdoctor.layers import Checkpoint
 from normdoctor.readers import open_checkpoint
+from normdoctor.readers.folders import find_checkpoints
 from normdoctor.rules.runner import Settings, examine
 from normdoctor.selection import check_eps, checked_limits, choose_rules, matches, near_layers, several
 
@@ -36,9 +39,10 @@ def compare(
 ) -> Report:
     """How the norms of a network differ between checkpoints (str or Path), live modules or their state_dicts.
 
-    Two are taken for before and after, three or more for states of one training in the order given, files that are
-    named after the ranks of one run for these. Nothing in a file is executed. The report is about the last of them;
-    what was seen is in `Report.comparison`.
+    Folders and globs stand for the checkpoints in them, e2.pt before e10.pt. Two models are taken for before and
+    after, three or more for states of one training in the order given, files that are named after the ranks of one
+    run for these. Nothing in a file is executed. The report is about the last of them; what was seen is in
+    `Report.comparison`.
 
     in_file: compare the models inside one file, the weights and their average.
     key: which model of files that hold several; by default the first that is no average.
@@ -47,6 +51,7 @@ def compare(
 
     Raises InputError where a file cannot be read, the models have no norm in common or a norm has another number of
     channels, UsageError for options that make no sense."""
+    models = expanded(models)
     rules = _chosen(several(select), several(ignore))
     settings = Settings(eps=check_eps(eps), limits=checked_limits(limits or {}))
     globs = several(layer)
@@ -68,6 +73,22 @@ def compare(
         )
     _check_different(models)
     return _files(models, key, rules, settings, globs)
+
+
+def expanded(models: Iterable[Any]) -> tuple[Any, ...]:
+    """The models with the checkpoints that folders and globs among them stand for, in the order of the numbers in
+    their names. Raises InputError for a folder or glob without one."""
+    found: list[Any] = []
+    for model in models:
+        if isinstance(model, (str, Path)) and not os.path.isfile(model):  # noqa: PTH113  Path.is_file raises
+            found += sorted(find_checkpoints([model]).targets, key=_by_numbers)
+        else:
+            found.append(model)
+    return tuple(found)
+
+
+def _by_numbers(path: Path) -> list[tuple[str, int]]:
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d{0,18})", str(path))]
 
 
 def _chosen(select: Sequence[str], ignore: Sequence[str]) -> list[Rule]:
@@ -160,9 +181,8 @@ def _only(checkpoint: Checkpoint, key: str | None) -> Checkpoint:
 
 
 def _bytes(checkpoint: Checkpoint) -> tuple[int, int | None]:
-    """How many bytes were read of how many; what was looked at twice counts once at most."""
-    read, total = checkpoint.count_bytes_read(), checkpoint.bytes_total
-    return read if total is None else min(read, total), total
+    """How many bytes were read of how many."""
+    return checkpoint.bytes_read, checkpoint.bytes_total
 
 
 def _label(models: Sequence[Any], place: int, checkpoint: Checkpoint) -> str:

@@ -416,6 +416,12 @@ class Checkpoint:
     on_close: Callable[[], None] = field(default=lambda: None, repr=False)
 
     @property
+    def bytes_read(self) -> int:
+        """So far; what was read twice (a small file, a directory of records) does not make more than the whole."""
+        read = self.count_bytes_read()
+        return read if self.bytes_total is None else min(read, self.bytes_total)
+
+    @property
     def layers(self) -> tuple[NormLayer, ...]:
         """All norm layers of all models in the file, in file order."""
         return tuple(layer for model in self.models for layer in model.layers)

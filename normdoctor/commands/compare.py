@@ -23,7 +23,10 @@ from normdoctor.commands.inspect import (
 def compare(
     files: Annotated[
         list[str] | None,
-        typer.Argument(metavar="FILE...", help="Before and after, epochs in their order, or the ranks of one run."),
+        typer.Argument(
+            metavar="FILE...",
+            help="Before and after, epochs in their order, or the ranks of one run; or a folder or glob of them.",
+        ),
     ] = None,
     in_file: Annotated[
         bool, typer.Option("--in-file", help="Compare the models inside one file: weights and their EMA.")
@@ -70,13 +73,14 @@ def compare(
     from normdoctor import comparison, reports
     from normdoctor.findings import Survey
 
+    models = comparison.expanded(files or [])
     output = None if output == Path("-") else output
     if output is not None:
         from normdoctor.writing import check_text_output
 
-        check_text_output(output, map(Path, files or []))
+        check_text_output(output, map(Path, models))
     report = comparison.compare(
-        *(files or []),
+        *models,
         in_file=in_file,
         key=key,
         select=split_codes(select) if select else (),

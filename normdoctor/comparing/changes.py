@@ -21,11 +21,12 @@ SMALLEST_HALF = 1e-7
 def layer_change(pair: Pair, eps: float | None = None) -> LayerChange:
     """How the norm changed. eps: stands in where a side does not say it."""
     old, new = pair.earlier, pair.later
-    statistics, apart, broken = None, None, 0
+    statistics, apart, broken, broken_on = None, None, 0, (0, 0)
     has_statistics = (_has_statistics(old), _has_statistics(new))
     if all(has_statistics):
         statistics = _statistics_motion(old, new)
-        apart, broken = _divergences(old, new, eps)
+        apart, broken, broken_on = _divergences(old, new, eps)
+    by_eps = _gain_by_eps(old, new)
     both_affine = old.weight is not None and new.weight is not None
     return LayerChange(
         layer=new.name,
@@ -48,9 +49,12 @@ def layer_change(pair: Pair, eps: float | None = None) -> LayerChange:
         updates=(old.numbers.updates, new.numbers.updates),
         eps=(old.eps, new.eps),
         momentum=(old.momentum, new.momentum),
-        gain_by_eps=_gain_by_eps(old, new),
+        gain_by_eps=None if by_eps is None else median(by_eps),
+        gain_by_eps_worst=None if by_eps is None else float(by_eps[np.abs(by_eps).argmax()]),
         as_created=(old.numbers.default_statistics, new.numbers.default_statistics),
         broken=broken,
+        broken_on=broken_on,
+        reordered=statistics is Motion.MOVED and _reordered(old, new),
         has_statistics=has_statistics,
         worst=() if apart is None else tuple(map(int, apart.channels[np.argsort(-apart.divergence)[:WORST]])),
     )
@@ -68,23 +72,26 @@ def _has_statistics(layer: NormLayer) -> bool:
     return layer.numbers.mean is not None and layer.numbers.var is not None
 
 
-def _divergences(old: NormLayer, new: NormLayer, given: float | None) -> tuple[_Apart | None, int]:
-    """The later statistics against the earlier, and how many channels have none that could be compared."""
+def _divergences(old: NormLayer, new: NormLayer, given: float | None) -> tuple[_Apart | None, int, tuple[int, int]]:
+    """The later statistics against the earlier, and how many channels have none that could be compared: in all, and
+    on each side."""
     mean, var, later_mean, later_var = old.numbers.mean, old.numbers.var, new.numbers.mean, new.numbers.var
     assert mean is not None and var is not None and later_mean is not None and later_var is not None
     before, after = (usable_eps(layer) or given or DEFAULT_EPS for layer in (old, new))
     eps = max(before, after)
-    sound = np.isfinite(mean) & np.isfinite(later_mean) & np.isfinite(var) & np.isfinite(later_var)
-    sound &= (var >= 0) & (later_var >= 0)
+    with np.errstate(invalid="ignore"):
+        sound_on = [np.isfinite(m) & np.isfinite(v) & (v >= 0) for m, v in ((mean, var), (later_mean, later_var))]
+    sound = sound_on[0] & sound_on[1]
     used = _used(old) | _used(new)
     kept = np.flatnonzero(sound & used & (old.numbers.live | new.numbers.live))
     broken = int((used & ~sound).sum())
+    broken_on = (int((used & ~sound_on[0]).sum()), int((used & ~sound_on[1]).sum()))
     if not kept.size:
-        return None, broken
+        return None, broken, broken_on
     with np.errstate(all="ignore"):
         z = np.abs(later_mean[kept] - mean[kept]) / np.sqrt(var[kept] + eps)
         log_ratio = np.log(later_var[kept] + eps) - np.log(var[kept] + eps)
-    return _Apart(kept, z, log_ratio), broken
+    return _Apart(kept, z, log_ratio), broken, broken_on
 
 
 def _used(layer: NormLayer) -> Mask:
@@ -105,6 +112,13 @@ def _statistics_motion(old: NormLayer, new: NormLayer) -> Motion:
         close = np.abs(later_mean - mean) <= share * (np.abs(mean) + spread) + SMALLEST_HALF * (share > 1e-5)
         close &= np.abs(later_var - var) <= share * np.abs(var) + SMALLEST_HALF * (share > 1e-5)
     return Motion.ROUNDED if close.all() else Motion.MOVED
+
+
+def _reordered(old: NormLayer, new: NormLayer) -> bool:
+    """The same means and the same variances, at other channels."""
+    before, after = old.numbers, new.numbers
+    assert before.mean is not None and before.var is not None and after.mean is not None and after.var is not None
+    return _same(np.sort(before.mean), np.sort(after.mean)) and _same(np.sort(before.var), np.sort(after.var))
 
 
 def _affine_motion(old: NormLayer, new: NormLayer) -> Motion:
@@ -137,12 +151,12 @@ def _relative(difference: Vector, reference: Vector) -> float | None:
     return size / length if length else (None if size else 0.0)
 
 
-def _gain_by_eps(old: NormLayer, new: NormLayer) -> float | None:
-    """How much larger or smaller the later layer scales the median channel because of its eps alone."""
+def _gain_by_eps(old: NormLayer, new: NormLayer) -> Vector | None:
+    """How much larger or smaller the later layer scales each channel in use because of its eps alone."""
     before, after, var = usable_eps(old), usable_eps(new), new.numbers.var
     if before is None or after is None or var is None:
         return None
     kept = var[new.numbers.live & _used(new)]
     if not kept.size:
         return None
-    return median(np.sqrt((kept + before) / (kept + after))) - 1.0
+    return np.asarray(np.sqrt((kept + before) / (kept + after)) - 1.0)

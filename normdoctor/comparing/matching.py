@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -131,6 +130,15 @@ def _signature(layer: NormLayer) -> bytes:
     return digest.digest()
 
 
+def odd_one(parts: Sequence[Part]) -> int | None:
+    """The place of the one side whose statistics are others while those of all the rest are equal bit for bit."""
+    held = [b"".join(map(_signature, part.layers)) for part in parts]
+    counts = Counter(held)
+    if len(parts) < 3 or len(counts) != 2 or 1 not in counts.values():
+        return None
+    return next(place for place, one in enumerate(held) if counts[one] == 1)
+
+
 def _by_order(earlier: Sequence[NormLayer], later: Sequence[NormLayer]) -> list[Pair]:
     """The layers that are left one after another, where their channels say that they can be the same and their
     values that they are."""
@@ -153,39 +161,3 @@ def _distance(pair: Pair) -> float | None:
         if pair.earlier.weight is None or pair.later.weight is None:
             return None
         return float(np.linalg.norm(new.gain - old.gain) / np.linalg.norm(old.gain))
-
-
-class Foldable:
-    """What the norms of a side can have been folded into: its weights by how many channels they give."""
-
-    def __init__(self, owner: Part) -> None:
-        self._tensors = owner.tensors
-        self._places: dict[str, int] = {}
-        self._weights: dict[int, list[tuple[int, str]]] = defaultdict(list)
-        for place, (name, ref) in enumerate(owner.tensors.items()):
-            self._places.setdefault(name.rpartition(".")[0], place)
-            if id(ref) not in owner.norm_tensors and len(ref.shape) > 1:
-                for channels in set(ref.shape[:2]):
-                    self._weights[channels].append((place, name))
-
-    def into(self, path: str, channels: int, other: Part) -> str | None:
-        """Which convolution or linear layer of the other side took up the norm at `path`, for it has a bias there
-        and none here; None where that cannot be told by name."""
-        for name in self._near(path, channels):
-            parent = name.rpartition(".")[0]
-            theirs, bias = other.tensors, f"{parent}.bias"
-            same = name in theirs and theirs[name].shape == self._tensors[name].shape
-            if same and bias in theirs and bias not in self._tensors:
-                return parent
-        return None
-
-    def _near(self, path: str, channels: int) -> list[str]:
-        """The weights that give so many channels: the two in front of the norm, nearest first, then two behind it."""
-        weights = self._weights.get(channels, [])
-        here = bisect(weights, (self._places.get(path, len(self._places)), ""))
-        return [name for _, name in [*reversed(weights[max(0, here - 2) : here]), *weights[here : here + 2]]]
-
-
-def biases(part: Part) -> Counter[int]:
-    """How many vectors of each length belong to no norm."""
-    return Counter(ref.shape[0] for ref in part.others.values() if len(ref.shape) == 1)

@@ -28,13 +28,21 @@ class Travelled:
 
     def over(self, whole_way: Comparison) -> Comparison:
         """The comparison of the first with the last checkpoint, with the steps between."""
-        return replace(
+        found = replace(
             whole_way,
             sides=tuple(self.sides),
             missing=tuple(replace(one, side=one.side and len(self.sides) - 1) for one in whole_way.missing),
             steps=tuple(self.weights),
             trajectories=tuple(_trajectory(name, rows) for name, rows in self._rows.items()),
         )
+        falls = [f"{found.sides[place].label} -> {found.sides[place + 1].label}" for place in found.falling]
+        if not falls or len(falls) == len(found.steps):  # backwards throughout: said of the whole way
+            return found
+        note = (
+            f"the counters fall at {', '.join(falls[:3])}: give the checkpoints in the order of the training "
+            "(X005, which follows it, was left out)"
+        )
+        return replace(found, notes=(*found.notes, note))
 
 
 def _trajectory(name: str, rows: Sequence[LayerChange]) -> Trajectory:

@@ -21,6 +21,9 @@ LARGEST_SAMPLE, SMALLEST_SAMPLE = 64 << 10, 4 << 10
 STRETCHES = 4
 """Runs of neighbours that a sample consists of."""
 
+ENOUGH_FOR_COSINE = 1000
+"""Values below which two unrelated sets of weights can look alike by chance."""
+
 CHUNK = 512 << 10
 """Bytes of each side in memory while whole tensors are compared."""
 
@@ -54,7 +57,7 @@ def weights_change(
     if not common:
         return None
     sample = max(SMALLEST_SAMPLE, min(LARGEST_SAMPLE, SAMPLES_BYTES // len(common)))
-    equal, apart, size, widest = 0, 0.0, 0.0, 0.0
+    equal, apart, size, product, later_size, widest = 0, 0.0, 0.0, 0.0, 0.0, 0.0
     for old, new in common:
         squares = _squares(old, new, sample)
         if squares is None:
@@ -64,15 +67,25 @@ def weights_change(
             equal += 1
         apart += squares[0]
         size += squares[1]
+        product += squares[2]
+        later_size += squares[3]
         widest = max(widest, tolerance(old.dtype, new.dtype))
     relative = math.sqrt(apart / size) if size else (math.inf if apart else 0.0)
+    motion = _motion(equal == len(common), relative, widest)
+    tells = motion is Motion.MOVED and sum(math.prod(new.shape) for _, new in common) >= ENOUGH_FOR_COSINE
     return WeightsChange(
         tensors=len(common),
         equal=equal,
         relative=relative,
-        motion=_motion(equal == len(common), relative, widest),
+        motion=motion,
         unmatched=len(floats) - len(common),
+        cosine=_cosine(product, size, later_size) if tells else None,
     )
+
+
+def _cosine(product: float, size: float, later_size: float) -> float | None:
+    lengths = math.sqrt(size) * math.sqrt(later_size)
+    return product / lengths if lengths > 0 and math.isfinite(lengths) else None
 
 
 def _motion(equal: bool, relative: float, widest: float) -> Motion:
@@ -86,9 +99,9 @@ def _is_readable(ref: ArrayRef) -> bool:
     return (isinstance(ref, StoredArray) and ref.is_contiguous) or ref.nbytes <= LARGEST_LOADED
 
 
-def _squares(old: ArrayRef, new: ArrayRef, sample: int) -> tuple[float, float] | None:
-    """Sums of squares of the difference and of the earlier values, of the whole tensor as far as a sample of so many
-    bytes tells; None for one and the same tensor."""
+def _squares(old: ArrayRef, new: ArrayRef, sample: int) -> tuple[float, float, float, float] | None:
+    """Sums of squares of the difference and of the earlier values, of products, and of squares of the later values,
+    of the whole tensor as far as a sample of so many bytes tells; None for one and the same tensor."""
     if old.identity == new.identity:
         return None
     count = math.prod(new.shape)
@@ -100,10 +113,12 @@ def _squares(old: ArrayRef, new: ArrayRef, sample: int) -> tuple[float, float] |
         apart = float(np.dot(difference, difference))
         kept = np.where(sound, before, 0.0)
         size = float(np.dot(kept, kept))
+        others = np.where(sound, after, 0.0)
+        product, later_size = float(np.dot(kept, others)), float(np.dot(others, others))
     scale = count / max(len(before), 1)
     if (np.isfinite(before) != np.isfinite(after)).any():
         apart = max(apart, size, 1.0)  # what became NaN or was healed of it did move
-    return apart * scale, size * scale
+    return apart * scale, size * scale, product * scale, later_size * scale
 
 
 def _stretches(count: int, wanted: int) -> Iterator[tuple[int, int]]:

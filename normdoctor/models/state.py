@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from normdoctor.errors import InputError, UsageError, did_you_mean
 from normdoctor.layers import ArrayRef, Checkpoint
-from normdoctor.readers.naming import strip_wrappers
+from normdoctor.readers.naming import AVERAGE_COUNTER, strip_wrappers
 
 SHOWN = 10
 """So many keys of each kind are listed."""
@@ -77,6 +77,9 @@ def match(
             notes.append(f"the names in the file begin with {prefix} and were read without it")
         if beside:
             notes.append(f"{len(beside)} tensors of the file do not belong to the model ({beside[0]}, ...)")
+    if AVERAGE_COUNTER in given and AVERAGE_COUNTER not in plain:
+        del given[AVERAGE_COUNTER]
+        notes.append(f"{AVERAGE_COUNTER}, the counter of an AveragedModel, is no part of the architecture: left out")
     found = {own: given[name] for name, own in plain.items() if name in given}
     reached = {wanted[own].identity for own in found}
     missing = [name for name, own in plain.items() if own not in found and wanted[own].identity not in reached]

@@ -38,6 +38,9 @@ from normdoctor.readers.live_module import LiveArray
 TORCHSCRIPT, EXPORTED = "torch.jit.load", "torch.export.load"
 """`Checkpoint.loader` of the two formats that are programs."""
 
+NO_KERNEL = ("Could not run '", "implemented for", "does not exist")
+"""In what torch says of an operator without a kernel. A bare NotImplementedError is of the model's own code."""
+
 SEED = 0
 """Of random inputs, and of what a model draws itself while it runs."""
 
@@ -365,13 +368,18 @@ def cannot_run(
             f"{loaded.name}: out of memory on {described(loaded, example)}",
             "Take a smaller --batch-size, fewer --samples, or --method one-pass, which holds one batch at a time.",
         )
-    if isinstance(error, NotImplementedError) or "is not implemented for" in text or "does not exist" in text:
+    if any(words in text for words in NO_KERNEL):
         return CannotRunError(
             f"{loaded.name}: an operator has no kernel here ({text})", "Run it where the operator is at home."
         )
     if isinstance(error, ImportError):
         missing = (error.name or "a package").partition(".")[0]
         return MissingDependencyError(f"{loaded.name}: running it needs {missing} ({text})", install(missing))
+    if isinstance(error, NotImplementedError):
+        return MisfitError(
+            f"{loaded.name}: its code has nothing to run there ({text})",
+            "Name a class with a forward of its own.",
+        )
     takes = ", ".join(name for name in parameters_of(loaded) if not name.startswith("*"))
     integers = any(not dtype.is_floating_point for dtype in _types(example))
     return MisfitError(

@@ -24,7 +24,7 @@ BEGINNINGS = {
 COMPARISON_COLUMNS: tuple[tuple[str, str, Callable[[LayerChange], str]], ...] = (
     ("layer", "left", lambda row: row.layer),
     ("stats", "left", lambda row: "" if row.statistics is None else row.statistics.value),
-    ("KL", "right", lambda row: _short(row.divergence)),
+    ("KL", "right", lambda row: "nan" if any(row.broken_on) else _short(row.divergence)),
     ("p95", "right", lambda row: _short(row.divergence_p95)),
     ("z", "right", lambda row: _short(row.shift)),
     ("ln var", "right", lambda row: "" if row.log_ratio is None else f"{_short(row.log_ratio)}"),
@@ -38,13 +38,18 @@ the batches counted between the sides."""
 
 
 def rows_by_divergence(comparison: Comparison) -> list[LayerChange]:
-    """The layers that changed most first; those without statistics last, by their gamma."""
-    return sorted(comparison.layers, key=lambda row: (-_of(row.divergence), -_of(row.gamma)))
+    """The layers with broken statistics first, then those that changed most; those without statistics last, by their
+    gamma."""
+    return sorted(comparison.layers, key=lambda row: (not any(row.broken_on), -_of(row.divergence), -_of(row.gamma)))
 
 
 def changed(row: LayerChange) -> bool:
     """Something in the layer is not what it was."""
-    return row.statistics in (Motion.MOVED, Motion.ROUNDED) or row.affine in (Motion.MOVED, Motion.ROUNDED)
+    return (
+        row.statistics in (Motion.MOVED, Motion.ROUNDED)
+        or row.affine in (Motion.MOVED, Motion.ROUNDED)
+        or row.other_eps
+    )
 
 
 def _of(value: float | None) -> float:
@@ -71,6 +76,9 @@ def comparison_in_words(comparison: Comparison) -> str:
     if with_affine:
         changed = sum(row.affine is Motion.MOVED for row in with_affine)
         parts.append(f"gamma or beta in {changed} of {len(with_affine)}")
+    other_eps = sum(row.other_eps for row in comparison.layers)
+    if other_eps:
+        parts.append(f"another eps in {other_eps} of {len(comparison.layers)}")
     parts.append(weights_in_words(comparison.weights))
     if comparison.missing:
         explained = sum(one.reason is not None for one in comparison.missing)

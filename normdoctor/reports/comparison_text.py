@@ -19,8 +19,7 @@ from normdoctor.reports.comparison import (
     trajectory_of,
     weights_in_words,
 )
-from normdoctor.reports.terminal import print_columns, print_more, print_paragraph
-from normdoctor.reports.text import printable
+from normdoctor.reports.terminal import print_columns, print_more, print_paragraph, wrapped
 
 LAYERS_SHOWN = 10
 INDENT = 9
@@ -30,7 +29,10 @@ MOST_STEPS = 24
 
 def write(console: Console, comparison: Comparison, bars: str, *, every_layer: bool = False) -> None:
     """bars: eight characters of growing height that the stream can hold."""
-    console.print(Text("compared ").append(printable(sides_in_words(comparison)), style="bold"))
+    beginning = "compared "
+    for line in wrapped(console, sides_in_words(comparison), INDENT):
+        console.print(Text(beginning).append(line.strip(), style="bold"))
+        beginning = " " * INDENT
     print_paragraph(console, comparison_in_words(comparison), INDENT)
     console.print()
     rows = rows_by_divergence(comparison)

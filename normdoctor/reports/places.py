@@ -54,6 +54,9 @@ def fold_in_brief(layer: NormLayer) -> str:
     fate = None if layer.place is None else layer.place.fate
     if fate is None:
         return ""
+    gain = None if layer.place is None else layer.place.gain_fate
+    if gain is not None and gain.verdict != Verdict.LEFT.value:
+        return "gain: --layernorm"
     return f"stays: {fate.code}" if fate.verdict == Verdict.LEFT.value else BRIEF.get(fate.verdict, fate.verdict)
 
 
@@ -118,7 +121,7 @@ def place_in_json(layer: NormLayer) -> dict[str, Any] | None:
         "padded": list(place.padded),
         "dropouts": [{"label": label, "probability": probability} for label, probability in place.dropouts],
         "fold": _fate(place.fate),
-        "fold_layernorm": _fate(place.gain_fate),
+        "fold_layernorm": _without_count(_fate(place.gain_fate)),
         "prediction": None if place.prediction is None else _prediction(place.prediction, layer),
         "unpredicted": place.unpredicted or None,
     }
@@ -148,6 +151,11 @@ def _fate(fate: Fate | None) -> dict[str, Any] | None:
         "into": list(fate.into),
         "saved": fate.saved,
     }
+
+
+def _without_count(fate: dict[str, Any] | None) -> dict[str, Any] | None:
+    """How many numbers a moved gain saves is known once the weights are written: a bias may have to be added."""
+    return None if fate is None else {name: value for name, value in fate.items() if name != "saved"}
 
 
 def _prediction(prediction: Prediction, layer: NormLayer) -> dict[str, Any]:

@@ -139,8 +139,8 @@ def split_fix(fix: str) -> tuple[str, str]:
     """
     if fix.startswith("normdoctor "):
         return "", fix
-    prose, colon, command = fix.partition("then: normdoctor ")
-    return (f"{prose}then:", f"normdoctor {command}") if colon else (fix, "")
+    prose, colon, command = fix.partition(": normdoctor ")
+    return (f"{prose}:", f"normdoctor {command}") if colon else (fix, "")
 
 
 def example_fix(rule: Rule) -> str:

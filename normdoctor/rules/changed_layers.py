@@ -29,7 +29,7 @@ def some_names(found: Sequence[str], total: int) -> str:
 
 def distance_of(rows: Sequence[LayerChange]) -> str:
     """KL 0.02 nats: the median over the layers."""
-    return f"KL {number(median(np.array([row.divergence or 0.0 for row in rows])))} nats"
+    return f"KL {number(median(np.array([row.divergence for row in rows if row.divergence is not None])))} nats"
 
 
 def evidence_of(comparison: Comparison, rows: Sequence[LayerChange]) -> dict[str, object]:

@@ -12,6 +12,9 @@ from normdoctor.layers import TRACKING_KINDS, median
 from normdoctor.rules.changed_layers import distance_of, evidence_of, some_layers
 from normdoctor.rules.wording import names, number, percent, plural
 
+NOTICED_GAIN = 0.001
+"""Relative change of one channel's gain that an eps is mentioned for."""
+
 
 @rule(
     "X002",
@@ -31,7 +34,8 @@ def ranks_differ(comparison: Comparison, context: Context) -> Iterator[Observati
     DistributedDataParallel keeps weights together by their gradients, buffers only where broadcast_buffers is on
     and a forward pass follows. Info up to a median divergence of `noise` in nats in the worst layer: that much the
     moving averages over different batches differ anyway. Above it the processes saw different data, and the saved
-    rank is not the model that was validated.
+    rank is not the model that was validated. Of three ranks or more, one that differs from all the others, which agree
+    bit for bit, is named. Always a warning: the same numbers in another order, NaN.
 
     Example: two ranks of a digits net, one of which saw only half of the classes: KL 0.022 nats in the last norm,
     and 0.0004 where both saw all of them.
@@ -43,8 +47,25 @@ def ranks_differ(comparison: Comparison, context: Context) -> Iterator[Observati
     if not moved:
         return
     worst = max(moved, key=lambda row: row.divergence or 0.0)
+    reordered = all(row.reordered for row in moved)
     noise = (worst.divergence or 0.0) <= context.limits["noise"]
     cause = "no more than averages over other batches do" if noise else "more than averages over other batches do"
+    if any(any(row.broken_on) for row in moved):
+        noise, cause = False, "and they are no numbers on one side"
+    elif reordered:
+        noise, cause = False, "the same numbers in another order"
+    if comparison.odd is not None:
+        odd = comparison.sides[comparison.odd].label
+        sound = comparison.sides[comparison.odd == 0].label
+        yield Observation(
+            message=f"{odd} alone has other statistics, in {some_layers(moved, rows)}; the other "
+            f"{len(comparison.sides) - 1} ranks agree bit for bit. {worst.layer} by KL "
+            f"{number(worst.divergence or 0.0)} nats, {cause}.",
+            evidence=evidence_of(comparison, moved) | {"odd": odd},
+            severity=Severity.INFO if noise else None,
+            fix=f"nothing for the others; for {odd} take the buffers of {sound}",
+        )
+        return
     yield Observation(
         message=f"{plural(len(comparison.sides), 'rank')} with equal weights have other statistics in "
         f"{some_layers(moved, rows)}; {worst.layer} by KL {number(worst.divergence or 0.0)} nats, {cause}.",
@@ -104,8 +125,9 @@ def frozen_but_moving(comparison: Comparison, context: Context) -> Iterator[Obse
 def layer_missing(comparison: Comparison, context: Context) -> Iterator[Observation]:
     """A norm, or its running statistics, is on one side only.
 
-    Info where the reason shows: the convolution in front of it got a bias on the other side, so the norm was folded
-    into it. Renamed norms are matched by their values or their place, and are not missing.
+    Info where the reason shows: the other side has the weight near it times gamma / sqrt(running_var + eps), and the
+    bias that belongs to it, or a new bias at that place: the norm was folded. Renamed norms are matched by their
+    values or their place, and are not missing.
 
     Harmless between an architecture and a changed one. Example: an export folded 5 of 5 norms, each into the
     convolution in front of it.
@@ -183,7 +205,8 @@ def _verb(found: Sequence[MissingLayer]) -> str:
 def eps_changed(comparison: Comparison, context: Context) -> Iterator[Observation]:
     """The same norm has another eps on the other side, and that changes what it computes.
 
-    The factor 1 / sqrt(running_var + eps) changes by more than `gain` in the median channel. Frameworks have other
+    The factor 1 / sqrt(running_var + eps) changes by more than `gain` in the median channel; info where it is
+    less, and a channel changes by 0.1 % or more. Frameworks have other
     defaults (torch 1e-5, Keras 1e-3), and converters forget to carry it over.
 
     Harmless where variances are far above both. Example: eps 1e-5 became 1e-3 in a layer with variances of 0.01: all
@@ -191,6 +214,7 @@ def eps_changed(comparison: Comparison, context: Context) -> Iterator[Observatio
     """
     found = [row for row in comparison.layers if abs(row.gain_by_eps or 0.0) > context.limits["gain"]]
     if not found:
+        yield from _little_by_eps(comparison)
         return
     worst = max(found, key=lambda row: abs(row.gain_by_eps or 0.0))
     change = worst.gain_by_eps or 0.0
@@ -200,6 +224,24 @@ def eps_changed(comparison: Comparison, context: Context) -> Iterator[Observatio
         f"{worst.eps[0]:g}, which makes its median channel {percent(abs(change))} {side}.",
         evidence={"layers": [row.layer for row in found], "gain_by_eps": change},
         rank=abs(change),
+    )
+
+
+def _little_by_eps(comparison: Comparison) -> Iterator[Observation]:
+    """Another eps that changes the outputs by less than what is worth a warning."""
+    found = [row for row in comparison.layers if row.other_eps and row.gain_by_eps is not None]
+    if not any(abs(row.gain_by_eps_worst or 0.0) >= NOTICED_GAIN for row in found):
+        return
+    usual = median(np.array([abs(row.gain_by_eps or 0.0) for row in found]))
+    worst = max(found, key=lambda row: abs(row.gain_by_eps_worst or 0.0))
+    eps = sorted({f"{row.eps[1]:g} after {row.eps[0]:g}" for row in found})
+    yield Observation(
+        message=f"eps differs in {some_layers(found, comparison.layers)} ({names(eps)}): it changes the median channel "
+        f"by {percent(usual)}, and one of {worst.layer} by {percent(abs(worst.gain_by_eps_worst or 0.0))}.",
+        evidence={"layers": [row.layer for row in found], "gain_by_eps": usual},
+        severity=Severity.INFO,
+        subject="little",
+        rank=usual,
     )
 
 

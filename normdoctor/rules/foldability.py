@@ -197,7 +197,7 @@ def forward_fold_padding(layer: NormLayer, context: Context) -> Iterator[Observa
     kinds=NORMALISING,
     needs=("place",),
     why="The second normalises what is normalised already, so one of them costs time for nothing.",
-    fix=f"two BatchNorms: {FOLD}; otherwise drop one of the two and train on",
+    fix=f"drop one of the two and train on; two BatchNorms: {FOLD}",
     reference="https://arxiv.org/abs/1502.03167",
 )
 def stacked_norms(layer: NormLayer, context: Context) -> Iterator[Observation]:

@@ -10,7 +10,10 @@ from normdoctor.compared import Comparison, ComparisonKind, Motion, Trajectory
 from normdoctor.findings import MEASURE_ANEW, Confidence, Context, Observation, Rule, Scope, Severity, rule
 from normdoctor.layers import TRACKING_KINDS, median
 from normdoctor.rules.changed_layers import distance_of, evidence_of, some_layers, some_names, weights_relative
-from normdoctor.rules.wording import number, percent
+from normdoctor.rules.wording import names, number, percent, plural
+
+SEVERAL = 3
+"""Layers of which a recalibration does not move just one."""
 
 
 @rule(
@@ -40,13 +43,59 @@ def buffers_behind_weights(comparison: Comparison, context: Context) -> Iterator
     averages copy the model's buffers or average them too; that is as it should be, and at most an info.
 
     The reverse, statistics that moved beside equal weights, is what a recalibration leaves (info); an error where they
-    went back to the 0 and 1 of a new layer. Example: an
-    average over 444 steps with the buffers it was created with: KL 0.25 nats in the median layer.
+    went back to the 0 and 1 of a new layer. A warning where no recalibration does it: the same numbers in another
+    order, or a single layer of several that moved.
+
+    Whatever the weights did: error where statistics are not finite on the later side alone (info on the earlier). A
+    warning where a bias in front of a norm became 0 or is gone and the mean that contains it stayed.
+
+    Example: an average over 444 steps with the buffers it was created with: KL 0.25 nats in the median layer.
     """
     if comparison.kind is ComparisonKind.MODELS:
         yield from _of_average(comparison, context)
-    elif comparison.kind is ComparisonKind.CHECKPOINTS and comparison.weights_moved is not None:
+    if comparison.kind is not ComparisonKind.CHECKPOINTS:
+        return
+    yield from _broken(comparison)
+    if comparison.dropped_biases:
+        yield _without_biases(comparison)
+    if comparison.weights_moved is not None:
         yield from _left_behind(comparison) if comparison.weights_moved else _measured_anew(comparison)
+
+
+def _broken(comparison: Comparison) -> Iterator[Observation]:
+    """Statistics that one side alone has as NaN, infinity or a negative variance."""
+    rows = comparison.tracked
+    for side in (1, 0):
+        broken = [row for row in rows if row.broken_on[side] > row.broken_on[1 - side]]
+        if not broken:
+            continue
+        here, there = comparison.sides[-side].label, comparison.sides[side - 1].label
+        count = sum(row.broken_on[side] for row in broken)
+        yield Observation(
+            message=f"running_mean or running_var is NaN, infinite or below 0 in {plural(count, 'channel')} of "
+            f"{here}, in {some_layers(broken, rows)}, where {there} has numbers"
+            f"{'.' if side else ': repaired?'}",
+            evidence=evidence_of(comparison, broken) | {"channels": count},
+            severity=Severity.ERROR if side else Severity.INFO,
+            confidence=Confidence.HIGH,
+            fix=f"find the batch that did it; take the statistics of {there}, or: {MEASURE_ANEW}" if side else "none",
+            subject="broken" if side else "repaired",
+            rank=float(count),
+        )
+
+
+def _without_biases(comparison: Comparison) -> Observation:
+    biases = comparison.dropped_biases
+    verb = "is" if len(biases) == 1 else "are"
+    return Observation(
+        message=f"{names(biases)} {verb} 0 or gone in {comparison.sides[-1].label}, and the norms behind still "
+        f"subtract the mean with {'it' if len(biases) == 1 else 'them'}: a conversion that dropped biases?",
+        evidence={"biases": list(biases)},
+        confidence=Confidence.HIGH,
+        fix=f"take the biases of {comparison.sides[0].label} over, or subtract them from running_mean",
+        subject="biases",
+        rank=float(len(biases)),
+    )
 
 
 def _left_behind(comparison: Comparison) -> Iterator[Observation]:
@@ -70,15 +119,17 @@ def _left_behind(comparison: Comparison) -> Iterator[Observation]:
             rank=float(len(counted)),
         )
     if unfrozen:
+        cause, fix = _average_of(comparison)
         yield Observation(
             message=f"{moved}, gamma and beta too, but running_mean and running_var are the same in "
-            f"{some_layers(unfrozen, rows)}: kept in eval mode while training, or averaged or loaded without their "
-            "buffers.",
+            f"{some_layers(unfrozen, rows)}: {cause}.",
             evidence=evidence_of(comparison, unfrozen),
+            fix=fix,
             subject="still",
             rank=float(len(unfrozen)),
         )
-    if frozen:
+    folded = any(one.reason is not None for one in comparison.missing)  # that moves weights by itself
+    if frozen and not folded:
         yield Observation(
             message=f"{moved}; {some_layers(frozen, rows)} stood still with gamma, beta and statistics: frozen by "
             "design?",
@@ -87,6 +138,20 @@ def _left_behind(comparison: Comparison) -> Iterator[Observation]:
             subject="frozen",
             fix="none if these norms are frozen on purpose",
         )
+
+
+def _average_of(comparison: Comparison) -> tuple[str, str | None]:
+    """Why the weights went on and the buffers did not, and the fix if it is not the usual one: one side may be an
+    average of the other, in either order."""
+    first, last = comparison.sides[0], comparison.sides[-1]
+    if (first.averaged is None) == (last.averaged is None):
+        return "kept in eval mode while training, or averaged or loaded without their buffers", None
+    average, model = (last, first) if first.averaged is None else (first, last)
+    return (
+        f"{average.label} is an average ({average.averaged}) with the buffers of {model.label}, not with its own",
+        f"nothing for {model.label}; before {average.label} is used: "
+        + (MEASURE_ANEW if average is last else f"normdoctor recalibrate {average.label}, with training data"),
+    )
 
 
 def _measured_anew(comparison: Comparison) -> Iterator[Observation]:
@@ -103,15 +168,39 @@ def _measured_anew(comparison: Comparison) -> Iterator[Observation]:
             fix=f"take the statistics of {comparison.sides[0].label}, or: {MEASURE_ANEW}",
             subject="reset",
         )
-    moved = [row for row in rows if row.statistics is Motion.MOVED and row not in reset]
+    moved = [row for row in rows if row.statistics is Motion.MOVED and row not in reset and row.broken_on == (0, 0)]
+    reordered = [row for row in moved if row.reordered]
+    if reordered:
+        yield Observation(
+            message=f"The weights are equal, and running_mean and running_var are the same numbers in another order in "
+            f"{some_layers(reordered, rows)}: no recalibration does that.",
+            evidence=evidence_of(comparison, reordered),
+            severity=Severity.WARNING,
+            confidence=Confidence.HIGH,
+            fix=f"take the statistics of the side whose order belongs to the weights ({comparison.sides[0].label}, if "
+            "it is the original)",
+            subject="reordered",
+        )
+    moved = [row for row in moved if not row.reordered]
     if not moved:
         return
     equal = comparison.weights is not None and comparison.weights.motion is Motion.EQUAL
     weights = "bit-equal" if equal else "equal but for rounding"
     counted = [row.steps for row in moved if (row.steps or 0.0) > 0]
-    how = "recalibrated?"
+    if len(moved) == 1 and len(rows) >= SEVERAL and not reordered and not reset:
+        yield Observation(
+            message=f"The weights are {weights}, and statistics moved only in {moved[0].layer} of {len(rows)} layers, "
+            f"by {distance_of(moved)} in the median: a recalibration goes over all of them; the buffers of another "
+            "state?",
+            evidence=evidence_of(comparison, moved),
+            severity=Severity.WARNING,
+            fix=f"if that was not on purpose: {MEASURE_ANEW}",
+            subject="alone",
+        )
+        return
+    how = "measured anew, or the buffers of another state."
     if counted and not any(row.affine is Motion.MOVED for row in moved):
-        how = f"{number(median(np.array(counted)))} batches went through in training mode: recalibrated?"
+        how = f"{number(median(np.array(counted)))} batches went through in training mode: {how}"
     yield Observation(
         message=f"Statistics moved in {some_layers(moved, rows)}, by {distance_of(moved)} in the median; the weights "
         f"are {weights}: {how}",
@@ -191,12 +280,14 @@ def stopped_following(comparison: Comparison, context: Context) -> Iterator[Obse
 
     They moved before, so the layer was in training mode then. Only steps in which the weights moved by more than
     `gap`, relative, count. Error where the counter goes on rising: then not eval mode but something else kept the
-    buffers.
+    buffers. Not where counters fall from one checkpoint to the next: these are not in the order of the training.
 
     Harmless where the norms are frozen for the last epochs on purpose, as quantisation-aware training does.
 
     Example: of five epochs the statistics moved in two, for model.eval() after the second was never undone.
     """
+    if comparison.falling:  # no order to stop in
+        return
     limits = context.limits
     steps = [
         step is not None and step.motion is Motion.MOVED and step.relative > limits["gap"] for step in comparison.steps

@@ -10,12 +10,16 @@ import numpy as np
 from normdoctor.findings import FOLD, Confidence, Context, Observation, Rule, Severity, rule
 from normdoctor.flow.graph import Op
 from normdoctor.layers import TRACKING_KINDS, NormKind, NormLayer, median
+from normdoctor.places import Place
 from normdoctor.rules.guards import SWITCHED_OFF, frozen, usable_eps
 from normdoctor.rules.verdict import quantile
 from normdoctor.rules.wording import REESTIMATE, names, number, percent, plural
 
 RELU_RATIO = 1 / (math.pi - 1)
 """mean² / variance of max(x, 0) for a normal x with mean 0: what dropout usually stands behind."""
+
+CENTRING = (NormKind.BATCH, NormKind.INSTANCE, NormKind.LAYER, NormKind.GROUP)
+SUMMING = tuple(op.value for op in (Op.CONV, Op.CONV_TRANSPOSE, Op.MATMUL))
 
 
 @rule(
@@ -27,7 +31,7 @@ RELU_RATIO = 1 / (math.pi - 1)
     needs=("place",),
     guesses=True,
     why="The norm subtracts the bias again with the mean, so it never gets a gradient and only takes up digits.",
-    fix=f"nothing, or {FOLD}; by hand: running_mean -= bias, then bias = 0, which is exact",
+    fix=f"nothing; by hand running_mean -= bias, then bias = 0, which is exact; or: {FOLD}",
     reference="https://arxiv.org/abs/1502.03167",
     limits={"warning": 10.0},
 )
@@ -82,19 +86,22 @@ def bias_before_norm(layer: NormLayer, context: Context) -> Iterator[Observation
     kinds=(NormKind.BATCH,),
     needs=("place",),
     why="Dropout adds variance in training only, so the norm divides by more than eval gives it.",
-    fix=f"when training anew move dropout behind the last norm; as it is, with dropout off, {REESTIMATE}",
+    fix="when training anew move dropout behind the last norm; as it is, re-estimate with dropout off, after which "
+    f"this finding stays and means nothing: {REESTIMATE}",
     reference="https://arxiv.org/abs/1801.05134",
-    limits={"p": 0.1},
+    limits={"p": 0.1, "warning": 0.3},
 )
 def dropout_before_norm(layer: NormLayer, context: Context) -> Iterator[Observation]:
     """A dropout with p above 0.1 lies before a BatchNorm, with no norm in between (variance shift, Li 2019).
 
     With keep probability q = 1 - p eval sees the share q v / (v + (1 - q) mean^2) of the variance that the running
-    average was made of: 41 % for independent values behind a ReLU and p = 0.5. Sums over inputs that vary together
-    keep more of it, so wide nets suffer less (a digits net: median 82 %, 0.8 points of accuracy); behind a matrix
-    product it is therefore info. DenseNet on CIFAR-100 fell from 77.4 to 68.6 % with p = 0.5.
+    average was made of: q where the mean is 0, as behind a norm, and 41 % for independent values behind a ReLU and
+    p = 0.5. Sums over inputs that vary together keep more of it, so wide nets suffer less (a digits net: median 82 %,
+    0.8 points of accuracy); behind a matrix product it is therefore info, and so is p below 0.3. DenseNet on
+    CIFAR-100 fell from 77.4 to 68.6 % with p = 0.5.
 
-    Harmless behind the last norm. Example: dropout 0.5 in front of conv2 and bn2.
+    Harmless behind the last norm, and where the statistics were re-estimated with dropout off, which no file says.
+    Example: dropout 0.5 in front of conv2 and bn2.
     """
     place = layer.place
     assert place is not None
@@ -103,16 +110,30 @@ def dropout_before_norm(layer: NormLayer, context: Context) -> Iterator[Observat
         return
     _, p = max(strong, key=lambda pair: pair[1])
     keep = 1 - p
-    least = keep / (1 + p * RELU_RATIO)
+    norm = _fed_by_norm(place, context)
+    least = keep if norm else keep / (1 + p * RELU_RATIO)
+    share = f"about {percent(least)} for independent values "
+    share += f"with mean 0, as behind {norm}" if norm else f"behind a ReLU ({percent(keep)} where their mean is 0)"
     mixed = any(neighbour.op == Op.MATMUL.value for neighbour in place.before)
     listed = names([f"{label or 'dropout'}, p = {number(each)}" for label, each in strong])
     yield Observation(
         message=f"Dropout before it with no norm in between ({listed}): eval gives it less variance than training "
-        f"stored, about {percent(least)} for independent values behind a ReLU, more where they vary together.",
+        f"stored, {share}, more where they vary together.",
         evidence={"dropouts": [label for label, _ in strong], "p": [each for _, each in strong], "least": least},
-        severity=Severity.INFO if mixed or frozen(layer) else None,
+        severity=Severity.INFO if mixed or frozen(layer) or p < context.limits["warning"] else None,
         rank=p,
     )
+
+
+def _fed_by_norm(place: Place, context: Context) -> str:
+    """The norm whose output goes straight into the layer before this one; empty where none is known to."""
+    nearest = place.before[0] if place.before else None
+    if nearest is None or not nearest.label or nearest.op not in SUMMING:
+        return ""
+    for layer in context.model.layers:
+        if layer.kind in CENTRING and layer.place is not None and nearest in layer.place.after:
+            return f"{layer.kind.value} {layer.name}"
+    return ""
 
 
 @rule(

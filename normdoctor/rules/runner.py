@@ -126,7 +126,7 @@ def examine(
         assumed={name: stood_in[name] for name in sorted(stood_in)},
         notes=(*checkpoint.notes, *unused),
         near_misses=tuple(miss for model in models for miss in model.near_misses),
-        bytes_read=checkpoint.count_bytes_read(),
+        bytes_read=checkpoint.bytes_read,
         bytes_total=checkpoint.bytes_total,
         drift=next(
             (

@@ -218,7 +218,8 @@ def buffers_missing(layers: tuple[NormLayer, ...], context: Context) -> Iterator
 
     Keys get lost when a checkpoint is filtered (only parameters saved, so all buffers gone), renamed for
     another class, or put together from two. A layer that declares affine=False or track_running_stats=False
-    lacks nothing. Only the counter missing is info: it does not enter the output.
+    lacks nothing. Only the counter missing is info, since it does not enter the output; so is the weight together with
+    the bias in a file that does not say affine, since a layer built with affine=False looks the same.
 
     In a bare state_dict where no BatchNorm has statistics it may be track_running_stats=False for all of
     them: medium confidence. Example: 19 of 20 layers have running_mean and running_var, layer4.1.bn2 has neither.
@@ -235,6 +236,7 @@ def buffers_missing(layers: tuple[NormLayer, ...], context: Context) -> Iterator
         if not lost:
             continue
         have = min(having[part] for part in lost)
+        unaffine = layer.affine is None and lost == ["weight", "bias"]
         words = both([field for part in lost for field in PARTS[part]])
         if have:
             where_else = f", but in {have} of {others} other BatchNorms"
@@ -247,7 +249,7 @@ def buffers_missing(layers: tuple[NormLayer, ...], context: Context) -> Iterator
             layer=layer,
             message=f"{words}: not in the file{where_else}.",
             evidence={"missing": lost, "siblings_having": have, "siblings": others},
-            severity=Severity.INFO if lost == ["num_batches_tracked"] else None,
+            severity=Severity.INFO if lost == ["num_batches_tracked"] or unaffine else None,
             confidence=confidence,
             rank=len(lost),
         )

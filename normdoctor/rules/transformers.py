@@ -197,7 +197,7 @@ def _centred_on_zero(weight: np.ndarray, near: float, negative: float) -> bool:
     kinds=TOKEN_KINDS,
     needs=("place",),
     scope=Scope.MODEL,
-    why="Gain and shift can move into the linear layers behind the norm, so each token costs two operations fewer.",
+    why="Gain and shift can move into the linear layers behind the norm, which leaves it nothing but to normalise.",
     fix=f"{FOLD} --layernorm",
     reference="https://arxiv.org/abs/2404.00456",
 )
@@ -206,24 +206,22 @@ def affine_foldable(layers: tuple[NormLayer, ...], context: Context) -> Iterator
 
     W diag(gamma), and W beta added to the bias, exact to rounding; the norm itself stays. Counted by the plan of
     `normdoctor fold --layernorm` for the whole model. Not possible where anything else takes the output, such as the
-    shortcut of a post-norm block.
+    shortcut of a post-norm block. Whether the model gets smaller depends on the linear layers: one without a bias gets
+    one, and weights that several norms feed are stored apart. `fold` says so of the file it writes.
 
-    Tools that rotate or quantise a language model do so first (QuaRot). Example: 24 of 25 LayerNorms, 36,864
-    parameters fewer.
+    Tools that rotate or quantise a language model do so first (QuaRot). Example: 24 of 25 LayerNorms.
     """
     fates = [(layer, layer.place.gain_fate) for layer in layers if layer.place is not None]
     known = [(layer, fate) for layer, fate in fates if fate is not None]
     folded = [(layer, fate) for layer, fate in known if fate.verdict not in REMAINS]
     if not folded:
         return
-    saved = sum(fate.saved for _, fate in folded)
-    fewer = f", {plural(saved, 'parameter')} fewer" if saved else ""
     left = Counter(fate.code or fate.verdict for _, fate in known if fate.verdict in REMAINS)
     rest = ", ".join(f"{count} {code}" for code, count in left.most_common())
     yield Observation(
-        message=f"Gain and shift of {len(folded)} of {plural(len(known), 'norm')} fold into the linear layers behind"
-        f"{fewer}.{f' The others stay: {rest}.' if rest else ''}",
-        evidence={"layers": [layer.name for layer, _ in folded], "saved": saved, "norms": len(known)},
+        message=f"Gain and shift of {len(folded)} of {plural(len(known), 'norm')} fold into the linear layers behind "
+        f"(normdoctor fold --layernorm).{f' The others stay: {rest}.' if rest else ''}",
+        evidence={"layers": [layer.name for layer, _ in folded], "norms": len(known)},
         subject=context.model.key or "",
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import normdoctor as nd
 from normdoctor.compared import ComparisonKind, Motion
@@ -103,7 +104,7 @@ def test_our_own_recalibration_reads_as_one(tmp_path: Path) -> None:
     nd.recalibrate(FIXTURES / "slow_momentum_module.pt", method="debias", output=out)
     report = nd.compare(FIXTURES / "slow_momentum_module.pt", out)
     assert said(report) == [("info", "X001", "recalibrated")]
-    assert "recalibrated?" in report.findings[0].message
+    assert "measured anew, or the buffers of another state" in report.findings[0].message
 
 
 def test_buffers_that_were_reset(training: Training, save: Save, nets: ModuleType) -> None:
@@ -132,6 +133,116 @@ def test_inputs_on_another_scale(training: Training, save: Save, followed: Calla
 def test_the_other_way_round_is_said(training: Training, save: Save) -> None:
     report = nd.compare(save(training.epochs[4], "a.pt"), save(training.epochs[0], "b.pt"))
     assert any("has seen fewer batches" in note for note in report.notes)
+
+
+def test_nothing_is_read_backwards_beside_equal_weights(training: Training, save: Save) -> None:
+    """A recalibration may begin its counters again."""
+    state = training.epochs[4]
+    counted = {n: torch.tensor(3) if "num_batches" in n else t + 0.1 * ("running" in n) for n, t in state.items()}
+    report = nd.compare(save(state, "a.pt"), save(counted, "b.pt"))
+    assert report.comparison is not None and report.comparison.layers[0].steps == -57
+    assert not any("fewer batches" in note for note in report.notes)
+
+
+def test_statistics_that_are_no_numbers(training: Training, save: Save) -> None:
+    state = training.epochs[4]
+    sick = {name: tensor.clone() for name, tensor in state.items()}
+    sick["bn1.running_var"][2:5] = float("nan")
+    paths = save(state, "a.pt"), save(sick, "b.pt")
+    report = nd.compare(*paths)
+    assert said(report) == [("error", "X001", "broken")]
+    assert f"3 channels of {paths[1]}, in 1 of 6 layers (bn1)" in report.findings[0].message
+    assert said(nd.compare(*reversed(paths))) == [("info", "X001", "repaired")]
+    assert said(nd.compare(paths[1], save(sick | {"extra": torch.ones(3)}, "c.pt"))) == []  # both: inspect says it
+
+
+def test_statistics_in_another_order(training: Training, save: Save) -> None:
+    state = training.epochs[4]
+    mixed = {n: t.flip(0) if n.startswith("layer2.0.bn1.running") else t for n, t in state.items()}
+    report = nd.compare(save(state, "a.pt"), save(mixed, "b.pt"))
+    assert said(report) == [("warning", "X001", "reordered")]
+    assert "1 of 6 layers (layer2.0.bn1)" in report.findings[0].message
+
+
+def test_a_single_layer_that_moved_is_no_recalibration(
+    training: Training, save: Save, followed: Callable[..., State]
+) -> None:
+    state, other = training.epochs[4], followed()
+    mixed = {n: other[n] if n.startswith("bn1.running") else t for n, t in state.items()}
+    report = nd.compare(save(state, "a.pt"), save(mixed, "b.pt"))
+    assert said(report) == [("warning", "X001", "alone")]
+    assert "only in bn1 of 6 layers" in report.findings[0].message
+
+
+def test_biases_that_a_conversion_dropped(save: Save) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    net(torch.rand(64, 1, 9, 9))
+    state = net.state_dict()
+    zeroed = {name: torch.zeros(8) if name == "2.bias" else tensor for name, tensor in state.items()}
+    gone = {name: tensor for name, tensor in state.items() if name != "2.bias"}
+    start = save(state, "a.pt")
+    for lost in (zeroed, gone):
+        report = nd.compare(start, save(lost, "b.pt"))
+        assert said(report) == [("warning", "X001", "biases")]
+        assert report.findings[0].message.startswith("2.bias is 0 or gone")
+        assert report.comparison is not None and report.comparison.weights is not None
+        assert report.comparison.weights.motion is Motion.EQUAL
+    subtracted = {
+        name: tensor - state["2.bias"] if name == "3.running_mean" else tensor for name, tensor in gone.items()
+    }
+    found = nd.compare(start, save(subtracted, "c.pt")).comparison
+    assert found is not None and found.dropped_biases == ()
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_an_average_in_a_file_of_its_own(training: Training, save: Save, backwards: bool) -> None:
+    model = training.epochs[4]
+    wrapped = {f"module.{n}": 1.01 * t if not is_buffer(n) else t for n, t in model.items()}
+    paths = [save(model, "raw.pt"), save(wrapped | {"n_averaged": torch.tensor(60)}, "ema.pt")]
+    (finding,) = nd.compare(*(reversed(paths) if backwards else paths)).findings
+    assert (str(finding.severity), finding.subject) == ("warning", "still")
+    assert f"{paths[1]} is an average (n_averaged = 60) with the buffers of {paths[0]}" in finding.message
+    assert finding.fix is not None and finding.fix.startswith(f"nothing for {paths[0]}; before {paths[1]} is used: ")
+    assert f"recalibrate {paths[1]}" in finding.fix
+
+
+def test_epochs_that_are_out_of_order(frozen_training: Training, save: Save) -> None:
+    for number, state in enumerate(frozen_training.epochs, start=1):
+        save(state, f"run/e{(1, 2, 8, 9, 10)[number - 1]}.pt")
+    folder = save(frozen_training.epochs[0], "run/e1.pt").parent
+    shell = [folder / f"e{number}.pt" for number in (1, 9, 2, 8)]
+    trained = {n: t + 5 * ("num_batches" in n) for n, t in frozen_training.epochs[3].items()}
+    save(trained, "run/e9.pt")
+    report = nd.compare(*shell)
+    assert said(report) == []
+    assert any(f"the counters fall at {shell[1]} -> {shell[2]}" in note for note in report.notes)
+    for given in (str(folder), str(folder / "*.pt")):
+        sides = nd.compare(given).comparison
+        assert sides is not None
+        assert [Path(side.label).name for side in sides.sides] == ["e1.pt", "e2.pt", "e8.pt", "e9.pt", "e10.pt"]
+
+
+def test_another_eps_is_said(save: Save) -> None:
+    torch.manual_seed(0)
+    nets_ = [nn.Sequential(nn.BatchNorm2d(8, eps=eps)) for eps in (1e-5, 1e-4)]
+    for net in nets_:
+        net[0].running_var = torch.linspace(0.02, 1.0, 8)
+        net[0].running_mean = torch.linspace(-1.0, 1.0, 8)
+    report = nd.compare(*(save(net, f"{place}.pt") for place, net in enumerate(nets_)))
+    assert said(report) == [("info", "X006", "little")]
+    assert "eps differs in 0 (0.0001 after 1e-05)" in report.findings[0].message
+    assert "by 0.22 %" in report.findings[0].message  # sqrt((0.02 + 1e-5) / (0.02 + 1e-4)) = 0.9978
+
+
+def test_two_trainings_are_told_from_one(training: Training, save: Save, nets: ModuleType) -> None:
+    generator = torch.Generator().manual_seed(1)
+    foreign = {
+        n: torch.randn(t.shape, generator=generator) if t.dim() > 1 else t for n, t in training.epochs[4].items()
+    }
+    start = save(training.epochs[4], "a.pt")
+    assert any("unrelated trainings" in note for note in nd.compare(start, save(foreign, "b.pt")).notes)
+    assert nd.compare(save(training.epochs[0], "c.pt"), start).notes == ()
 
 
 # The models in one file -----------------------------------------------------------------------------------
@@ -212,6 +323,17 @@ def test_ranks_of_one_run(save: Save, followed: Callable[..., State]) -> None:
     survey = nd.survey([paths[0].parent], select="X")
     assert [said(one) for one in survey.reports] == [[("warning", "X002", "")], [], []]
     assert survey.reports[0].path == str(paths[0])
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_the_one_rank_that_differs_is_named(save: Save, followed: Callable[..., State], odd: int) -> None:
+    usual, foreign = followed(seed=1), followed(seed=3, classes=2)
+    paths = [save(foreign if rank == odd else usual, f"run/net_rank{rank}.pt") for rank in range(3)]
+    findings = nd.compare(*paths).findings + nd.survey([paths[0].parent], select="X").findings
+    assert [finding.code for finding in findings] == ["X002"] * 2
+    for finding in findings:
+        assert finding.message.startswith(f"{paths[odd]} alone has other statistics")
+        assert finding.fix == f"nothing for the others; for {paths[odd]} take the buffers of {paths[odd == 0]}"
 
 
 def test_parts_of_a_model_are_no_ranks(training: Training, save: Save) -> None:

@@ -90,7 +90,51 @@ def test_folded_norms_are_explained(tmp_path: Path) -> None:
 def test_folded_where_names_are_lost() -> None:
     report = nd.compare(FIXTURES / "healthy.pt", FIXTURES / "healthy_frozen.pt")
     assert [(str(f.severity), f.code) for f in report.findings] == [("info", "X004")]
-    assert "probably folded" in report.findings[0].message
+    assert "bn1 folded into conv1" in report.findings[0].message  # by its values
+    assert report.comparison is not None and all(one.reason for one in report.comparison.missing)
+
+
+def biased() -> dict[str, torch.Tensor]:
+    """Two convolutions with biases and their norms, after a batch."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    net(torch.rand(64, 1, 9, 9))
+    return net.state_dict()
+
+
+def folded(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By the formula, under names of an export."""
+    out = {}
+    for conv, norm in (("0", "1"), ("2", "3")):
+        factor = state[f"{norm}.weight"] / (state[f"{norm}.running_var"] + 1e-5).sqrt()
+        out[f"onnx_Conv_{conv}"] = state[f"{conv}.weight"] * factor[:, None, None, None]
+        moved = (state[f"{conv}.bias"] - state[f"{norm}.running_mean"]) * factor
+        out[f"onnx_Add_{conv}"] = moved + state[f"{norm}.bias"]
+    return out
+
+
+def test_folded_into_what_has_a_bias_already(save: Save) -> None:
+    state = biased()
+    whole = folded(state)
+    report = nd.compare(save(state, "a.pt"), save(whole, "b.pt"))
+    assert [(str(f.severity), f.code) for f in report.findings] == [("info", "X004")]
+    assert report.comparison is not None
+    assert [one.reason for one in report.comparison.missing] == ["folded into 0", "folded into 2"]
+    turned = nd.compare(save(whole, "b.pt"), save(state, "a.pt"))
+    assert [(str(f.severity), f.subject) for f in turned.findings] == [("info", "explained 1")]
+
+
+def test_a_fold_with_a_wrong_bias_is_none(save: Save) -> None:
+    state = biased()
+    wrong = folded(state)
+    wrong["onnx_Add_2"] = wrong["onnx_Add_2"] + 0.01
+    report = nd.compare(save(state, "a.pt"), save(wrong, "b.pt"))
+    assert report.comparison is not None
+    assert [one.reason for one in report.comparison.missing] == ["folded into 0", None]
+    for name in ("onnx_Conv_0", "onnx_Conv_2"):
+        wrong[name] = wrong[name] * torch.linspace(0.9, 1.1, 8)[:, None, None, None]
+    with pytest.raises(nd.InputError, match="no norm layers to compare"):
+        nd.compare(save(state, "a.pt"), save(wrong, "c.pt"))
 
 
 def test_a_lost_norm_and_lost_buffers(training: Training, save: Save) -> None:

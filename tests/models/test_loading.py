@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import normdoctor as nd
-from normdoctor.errors import CannotRunError
+from normdoctor.errors import CannotRunError, MisfitError
 from normdoctor.models.architecture import users_code
 from normdoctor.models.inputs import parse_input_shapes
 from normdoctor.models.loaded import Kind, Loaded
@@ -189,3 +190,60 @@ def test_training_state_beside_the_weights_is_said_to_be_dropped(
     torch.save({"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}, "run.pt")
     report = nd.fold("run.pt", arch="tiny_net:make", input_shape="2,3,8,8").report
     assert any("optimizer" in note for note in report.notes)
+
+
+def test_the_counter_of_an_average_is_no_part_of_the_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of AveragedModel opens as what was averaged; what is written again has the counter still."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    Path(tmp_path, "averaged_net.py").write_text(
+        "from torch import nn\ndef net(): return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))\n"
+    )
+    average = torch.optim.swa_utils.AveragedModel(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)))
+    for _ in range(2):
+        average.update_parameters(average.module)
+    path, fixed, data = tmp_path / "swa.pt", tmp_path / "fixed.pt", tmp_path / "data.npy"
+    torch.save(average.state_dict(), path)
+    loaded = open_model(path, arch="averaged_net:net")
+    assert torch.equal(loaded.model[0].weight, average.module[0].weight)
+    assert [note for note in loaded.notes if "n_averaged" in note]
+    np.save(data, np.random.default_rng(0).standard_normal((64, 4), np.float32))
+    nd.recalibrate(path, data, arch="averaged_net:net", output=fixed)
+    written = torch.load(fixed)
+    assert written.keys() == average.state_dict().keys()
+    assert int(written["n_averaged"]) == 2 and written["module.1.running_mean"].any()
+
+
+class NoForward(torch.nn.Module):
+    """Only layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(4)
+
+
+class Fails(NoForward):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("broken on purpose")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [(NoForward, "NotImplementedError: Module .NoForward. is missing"), (Fails, "RuntimeError: broken")],
+)
+def test_a_module_that_cannot_run_is_an_error(kind: type[torch.nn.Module], words: str) -> None:
+    with pytest.raises(MisfitError, match=words) as caught:
+        nd.inspect(kind(), input_shape="2,4")
+    assert "kernel" not in caught.value.message
+
+
+def test_an_operator_without_a_kernel_is_not_the_inputs_fault() -> None:
+    class Elsewhere(NoForward):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise NotImplementedError("Could not run 'aten::nms' with arguments from the 'CPU' backend.")
+
+    loaded = Loaded(Kind.MODULE, Elsewhere(), "Elsewhere")
+    with pytest.raises(CannotRunError, match="no kernel here") as caught:
+        run(loaded, make_example(loaded, parse_input_shapes(["2,4"])))
+    assert not isinstance(caught.value, MisfitError)

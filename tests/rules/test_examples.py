@@ -33,6 +33,7 @@ NAN, INF = float("nan"), float("inf")
 FLOOR = 4 * 2.0**-149
 ONNX = {"origin": "BatchNormalization", "num_batches_tracked": None, "track_running_stats": None}
 BARE = dict.fromkeys(("eps", "momentum", "training", "affine", "track_running_stats"))
+NO_AFFINE = dict.fromkeys(("weight", "bias"))
 GONE = dict.fromkeys(("running_mean", "running_var", "num_batches_tracked"))
 FRESH = {
     "weight": np.ones(16),
@@ -422,6 +423,9 @@ STATISTICS = [
     silent("S115", "no momentum to compute with", *[{"momentum": m, "num_batches_tracked": 3} for m in (NAN, -0.1, 7)]),
     fires("S116", "statistics dropped", *norms(3, **BARE), BARE | GONE, at={"bn3": []}, severity=WARNING),
     fires("S116", "weight dropped", *norms(3, **BARE), BARE | {"weight": None}, at={"bn3": []}, severity=WARNING),
+    fires("S116", "affine=False, or not", *norms(3, **BARE), BARE | NO_AFFINE, at={"bn3": []}, severity=INFO),
+    fires("S116", "said affine", *norms(3), NO_AFFINE | {"affine": True}, at={"bn3": []}, severity=WARNING),
+    fires("S116", "nothing left", *norms(3, **BARE), BARE | NO_AFFINE | GONE, at={"bn3": []}, severity=WARNING),
     fires("S116", "in all layers of a state_dict", BARE | GONE, at=[], severity=WARNING),
     fires("S116", "only the counter", *norms(3), {"num_batches_tracked": None}, at={"bn3": []}, severity=INFO),
     silent("S116", "declared without affine", *norms(3), {"weight": None, "bias": None, "affine": False}),
@@ -1291,6 +1295,8 @@ PLACES = [
     silent("G505", "an activation between", at_place(before=(Neighbour(op="activation"), Neighbour(op="BatchNorm")))),
     silent("G505", "the input", at_place(before=(Neighbour(op="input"),))),
     fires("G506", "half of the values", at_place(dropouts=DROPPED, before=(CONV,)), at=[], severity=WARNING),
+    fires("G506", "p of 0.3", at_place(dropouts=(("drop1", 0.3),), before=(CONV,)), at=[], severity=WARNING),
+    fires("G506", "p of 0.2", at_place(dropouts=(("drop1", 0.2),), before=(CONV,)), at=[], severity=INFO),
     fires("G506", "summed by a matrix", at_place(dropouts=DROPPED, before=(LINEAR,)), at=[], severity=INFO),
     fires("G506", "frozen", {"requires_grad": False} | at_place(dropouts=DROPPED), at=[], severity=INFO),
     silent("G506", "a little", at_place(dropouts=(("drop1", 0.1),), before=(CONV,))),
@@ -1517,6 +1523,14 @@ COMPARISON = [
         "X006", "converted", {}, at=WHOLE, severity=WARNING, **compared(changed(eps=(1e-5, 1e-3), gain_by_eps=-0.046))
     ),
     silent("X006", "too small to matter", {}, **compared(changed(eps=(1e-5, 1e-6), gain_by_eps=1e-5))),
+    fires(
+        "X006",
+        "seldom noticed",
+        {},
+        at=WHOLE,
+        severity=INFO,
+        **compared(changed(eps=(1e-5, 1e-3), gain_by_eps=-0.002, gain_by_eps_worst=-0.04)),
+    ),
     silent("X006", "not said", {}, **compared(changed(eps=(None, 1e-3), gain_by_eps=None))),
     fires("X007", "other inputs", {}, at=WHOLE, severity=INFO, **compared(changed(divergence=2.8), weights=NUDGED)),
     silent("X007", "the weights moved as well", {}, **compared(changed(divergence=2.8))),

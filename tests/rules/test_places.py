@@ -193,7 +193,7 @@ def test_gains_that_fold_are_one_line(judge) -> None:
     ]
     (finding,) = judge(*norms, codes={"T705"}).findings
     assert finding.message == (
-        "Gain and shift of 2 of 3 norms fold into the linear layers behind, 64 parameters fewer. "
+        "Gain and shift of 2 of 3 norms fold into the linear layers behind (normdoctor fold --layernorm). "
         "The others stay: 1 not-linear-layers."
     )
 
@@ -226,6 +226,18 @@ def test_what_dropout_leaves_of_the_variance_is_that_of_a_simulation(p: float, j
     dropped = values * (generator.random(values.size) > p) / (1 - p)
     assert finding.evidence["least"] == pytest.approx(values.var() / dropped.var(), rel=0.02)
     assert pytest.approx(values.mean() ** 2 / values.var(), rel=0.02) == RELU_RATIO
+
+
+def test_dropout_behind_a_norm_leaves_the_share_that_is_kept(judge) -> None:
+    """A GroupNorm, dropout, a convolution, a BatchNorm; for another convolution the norm is none of its business."""
+    grouped = {"kind": NormKind.GROUP, "groups": 4, "place": Place(after=(CONV,))}
+    behind = {"place": Place(dropouts=(("drop", 0.2),), before=(CONV,))}
+    (finding,) = judge(grouped, behind, codes={"G506"}).findings
+    assert finding.evidence["least"] == pytest.approx(0.8)
+    assert "with mean 0, as behind GroupNorm" in finding.message and "ReLU" not in finding.message
+    (other,) = judge(grouped | {"place": Place(after=(Neighbour(op="addition"),))}, behind, codes={"G506"}).findings
+    assert other.evidence["least"] < 0.75
+    assert "behind a ReLU (80 % where their mean is 0)" in other.message
 
 
 def test_the_noise_of_a_small_batch(judge) -> None:
