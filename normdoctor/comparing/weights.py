@@ -38,7 +38,8 @@ FLOAT8_TOLERANCE, FINE_TOLERANCE = 2.0**-2, 1e-6
 
 def tolerance(*dtypes: str) -> float:
     """How far apart numbers are that were the same before they were stored in these types, relative."""
-    return max(FLOAT8_TOLERANCE if t.startswith("float8") else TOLERANCES.get(t, FINE_TOLERANCE) for t in dtypes)
+    each = (FLOAT8_TOLERANCE if t.startswith("float8") else TOLERANCES.get(t, FINE_TOLERANCE) for t in dtypes)
+    return max(each, default=FINE_TOLERANCE)
 
 
 def weights_change(
