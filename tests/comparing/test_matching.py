@@ -195,5 +195,5 @@ def test_networks_with_no_weight_of_the_same_shape(tmp_path: Path) -> None:
     second = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6))
     torch.save(first.state_dict(), tmp_path / "first.pt")
     torch.save(nn.ModuleDict({"head": second}).state_dict(), tmp_path / "second.pt")
-    with pytest.raises(nd.UsageError, match="in common"):
+    with pytest.raises(nd.InputError, match="in common"):
         nd.compare(tmp_path / "first.pt", tmp_path / "second.pt")
