@@ -192,7 +192,7 @@ def test_names_that_say_a_rank() -> None:
 def test_networks_with_no_weight_of_the_same_shape(tmp_path: Path) -> None:
     """The norms of one are looked for in the weights of the other, where there is none to look in."""
     first = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
-    second = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6))
+    second = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.LayerNorm(6))
     torch.save(first.state_dict(), tmp_path / "first.pt")
     torch.save(nn.ModuleDict({"head": second}).state_dict(), tmp_path / "second.pt")
     with pytest.raises(nd.InputError, match="in common"):
