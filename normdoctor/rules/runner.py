@@ -287,7 +287,7 @@ class _Run:
             message += f" Assumes torch's default {values}; {options} replaces it."
         if inferred and GRAPH_FIELD in rule.needs:
             severity = Severity.INFO
-            message += " (Inferred from names.)"
+            message += " Inferred from names."
         evidence = dict(seen.evidence)
         if self.limits:
             evidence["limits"] = dict(self.limits)

@@ -120,7 +120,7 @@ def test_what_needs_the_graph_is_not_guessed(judge) -> None:
     found = [finding for finding in guessed.findings if "place" in finding.rule.needs]
     assert {finding.code for finding in found} == {"G501", "N405"}
     assert all(finding.severity is Severity.INFO for finding in found)
-    assert all(finding.message.endswith("(Inferred from names.)") for finding in found)
+    assert all(finding.message.endswith(" Inferred from names.") for finding in found)
     assert {skip.code for skip in guessed.skips if "place" in skip.missing} >= {"A208", "G503", "G511"}
     assert {rule.code for rule in RULES if rule.guesses} == {"G501", "N404", "N405"}
 
